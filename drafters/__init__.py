@@ -1,0 +1,3 @@
+"""Drafters: one module per family. Imports ``specdec`` only."""
+
+__owner__ = "specdec"

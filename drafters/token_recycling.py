@@ -1,0 +1,188 @@
+"""Token Recycling: candidates that an earlier pass computed and threw away become the next draft (Luo et al., 2408.08696).
+
+An adjacency matrix remembers, for every token, its k most likely successors when it was last seen. The draft is a static
+tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of every pass,
+accepted or not, rewrites its token's row.
+
+Differences from the authors' code, where it falls short of what the method means: prompt positions write rows at prefill
+(theirs throws prefill logits away); duplicates within a pass follow a stated rule instead of scatter order; successors
+not seen yet are padding, not token 0; sampling is exact instead of ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafters.base import BaseDrafter
+from specdec.interfaces import DecodeState, Needs, Prefill, Verification
+from specdec.target import Target
+from specdec.tree import CANDIDATE, PADDING, Template, TokenTree
+
+# Children by rank path of the parent, as counted from the authors' "2.2.2" tree: 80 nodes, depth 6.
+_PUBLISHED_CHILDREN = {
+    "": 8,
+    "0": 8, "1": 4, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1,
+    "00": 8, "01": 3, "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1,
+    "10": 2, "11": 1, "20": 1, "30": 1, "40": 1, "50": 1,
+    "000": 5, "001": 2, "002": 1, "003": 1, "004": 1, "010": 1, "020": 1, "100": 1, "200": 1, "300": 1,
+    "0000": 3, "0001": 1, "0002": 1, "0010": 1, "0100": 1, "1000": 1,
+    "00000": 2, "00010": 1,
+}  # fmt: skip
+
+
+def published_paths() -> list[tuple[int, ...]]:
+    """The 80 rank paths of the authors' tree."""
+    return [(*map(int, parent), rank) for parent, count in _PUBLISHED_CHILDREN.items() for rank in range(count)]
+
+
+def tree_paths(num_nodes: int) -> list[tuple[int, ...]]:
+    """A tree of ``num_nodes`` nodes, root not counted, cut from the published one.
+
+    The published tree was grown greedily, so its better-ranked and shallower parts are worth most: nodes are taken in
+    order of the product of ``1 / (rank + 1)`` and a decay of 0.8 per level, which keeps the tree closed.
+
+    Raises:
+        ValueError: more nodes than the published tree has.
+    """
+    paths = published_paths()
+    if not 1 <= num_nodes <= len(paths):
+        raise ValueError(f"expected 1 to {len(paths)} tree nodes, got {num_nodes}; give tree_paths for other trees")
+
+    def value(path: tuple[int, ...]) -> float:
+        product = 1.0
+        for rank in path:
+            product *= 0.8 / (rank + 1)
+        return product
+
+    return sorted(paths, key=lambda path: (-value(path), len(path), path))[:num_nodes]
+
+
+class TokenRecycling(BaseDrafter):
+    """Draft from the adjacency matrix of recycled candidates.
+
+    Args:
+        num_successors: k, successors remembered per token; the published value is 8.
+        num_nodes: nodes of the tree, root not counted; 80 is the published tree.
+        paths: rank paths of another tree, such as ``[[0], [1], [0, 0]]``; overrides ``num_nodes``.
+        path: a file written by ``torch.save(drafter.state_dict(), path)`` to start from.
+
+    Raises:
+        ValueError: a tree that asks for more successors than are remembered.
+    """
+
+    name = "token_recycling"
+
+    def __init__(
+        self,
+        num_successors: int = 8,
+        num_nodes: int = 24,
+        paths: list[list[int]] | None = None,
+        path: str | None = None,
+    ) -> None:
+        self.template = Template.from_paths(tree_paths(num_nodes) if paths is None else [tuple(p) for p in paths])
+        if self.template.width > num_successors:
+            raise ValueError(f"the tree asks for {self.template.width} successors of a node; num_successors={num_successors}")
+        self.num_successors = num_successors
+        self.needs = Needs(prompt_top_k=num_successors, max_nodes=self.template.num_nodes)
+        self.matrix: Tensor | None = None
+        self._saved = None if path is None else torch.load(path, weights_only=True)
+
+    def fit(self, target: Target) -> str | None:
+        """Allocate ``[V+1, k]`` on the target's device; -1 = never seen, row V swallows what must not be learnt."""
+        if self.num_successors > target.vocab_size:
+            return f"a vocabulary of at least {self.num_successors} tokens (num_successors), got {target.vocab_size}"
+        shape = (target.vocab_size + 1, self.num_successors)
+        if self.matrix is None or self.matrix.shape != shape:
+            self.matrix = torch.full(shape, -1, device=target.device)
+        self.matrix = self.matrix.to(target.device)
+        self.template = self.template.to(target.device)
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
+            self._saved = None
+        return None
+
+    def start(self, state: DecodeState, prefill: Prefill) -> None:
+        """Write a row for every prompt position; the latest occurrence of a token wins."""
+        assert prefill.top_k is not None
+        columns = min(prefill.token_ids.shape[1], prefill.top_k.shape[1])
+        if columns == 0:
+            return
+        device = state.root.device
+        tokens = prefill.token_ids[:, -columns:].to(device)
+        first = prefill.token_ids.shape[1] - columns
+        column = torch.arange(first, first + columns, device=device)
+        real = column >= torch.tensor(prefill.padding, device=device)[:, None]
+        self._learn(tokens, prefill.top_k[:, -columns:], torch.where(real, column, -1))
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        """Fill the template level by level: one gather each."""
+        assert self.matrix is not None
+        template, topology = self.template, self.template.topology
+        tokens = [state.root[:, None]]
+        for level in template.levels:
+            offset = level.start - tokens[-1].shape[1]
+            parents = tokens[-1][:, topology.parents[0, level] - offset]
+            tokens.append(self.matrix[parents, template.ranks[level]])
+        filled = torch.cat(tokens, dim=1)
+        # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
+        role = torch.where(filled >= 0, CANDIDATE, PADDING)
+        return TokenTree(filled.clamp(min=0), topology, role, sources=(self.name,), rank=template.ranks[None])
+
+    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
+        """Every node rewrites its token's row. Duplicates: accepted nodes first, then the shallowest, then the first."""
+        nodes, device = tree.num_nodes, tree.token_ids.device
+        top_k = verification.logits.topk(self.num_successors).indices
+        last = verification.last_nodes(device)[:, None, None].expand(-1, 1, nodes)
+        on_path = tree.topology.ancestors.expand(tree.batch_size, -1, -1).gather(1, last).squeeze(1)
+        depths = tree.topology.depths
+        worth = on_path * nodes * nodes + (nodes - depths) * nodes - torch.arange(nodes, device=device)
+        if tree.role is not None:
+            worth = torch.where(tree.role == PADDING, -1, worth)
+        if any(verification.finished):
+            # Nothing is learnt past a stop.
+            rows = zip(verification.path, verification.finished, strict=True)
+            emitted = torch.tensor([len(path) if done else nodes for path, done in rows], device=device)
+            worth = torch.where(depths < emitted[:, None], worth, -1)
+        self._learn(tree.token_ids, top_k, worth)
+
+    def _learn(self, tokens: Tensor, top_k: Tensor, worth: Tensor) -> None:
+        """Write ``top_k [B, T, k]`` to the rows of ``tokens [B, T]``: the worthiest duplicate wins, negative worth never."""
+        assert self.matrix is not None
+        spare, count = self.matrix.shape[0] - 1, tokens.numel()
+        index = torch.arange(count, device=tokens.device)
+        # Rank and index share one number, so a maximum per token names its winner and ties go to the first.
+        worth = worth.expand_as(tokens).reshape(-1)
+        entry = torch.where(worth >= 0, worth * count + count - 1 - index, -1)
+        tokens = torch.where(entry >= 0, tokens.reshape(-1), spare)
+        best = torch.full((spare + 1,), -1, device=tokens.device).scatter_reduce_(0, tokens, entry, "amax")
+        winner = count - 1 - best[tokens] % count
+        # All duplicates write the winner's row, so the order of the scatter does not matter.
+        self.matrix[tokens] = top_k.reshape(count, -1)[winner]
+        self.matrix[spare] = -1
+
+    def reset(self) -> None:
+        """Forget every successor."""
+        if self.matrix is not None:
+            self.matrix.fill_(-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``matrix``: int64 ``[V+1, k]``."""
+        return {} if self.matrix is None else {"matrix": self.matrix.cpu().clone()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over a saved matrix.
+
+        Raises:
+            ValueError: it belongs to another vocabulary or number of successors.
+        """
+        matrix = saved.get("matrix")
+        if self.matrix is None:
+            self._saved = saved
+        elif matrix is None or matrix.shape != self.matrix.shape:
+            got = None if matrix is None else tuple(matrix.shape)
+            raise ValueError(f"expected a matrix of shape {tuple(self.matrix.shape)} (vocabulary + 1, k), got {got}")
+        else:
+            self.matrix.copy_(matrix)

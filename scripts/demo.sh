@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The same prompts once plainly and once speculatively on the embedded demo target. Arguments are Hydra overrides:
+#   scripts/demo.sh drafter=prompt_lookup dtype=float32
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+"$root/scripts/setup.sh"
+exec "$root/.venv/bin/specdec" demo "$@"

@@ -1,0 +1,139 @@
+"""Names become objects here, and nowhere else. Config stops at this door: classes take plain typed arguments.
+
+A name is a file in ``conf/GROUP/NAME.yaml``; it is read with OmegaConf alone, so a library call never touches Hydra's
+global state and works inside somebody else's ``@hydra.main``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from specdec.generation import attach, unwrap
+from specdec.interfaces import Drafter, Verifier
+
+_OURS = ("drafters.", "verifiers.", "specdec.")
+_ALLOWED = (*_OURS, "transformers.", "torch.")
+_OWNER = "specdec"
+
+
+def config_dir() -> Path:
+    """The config folder: the copy inside the installed package, else the checkout's."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "drafter").is_dir():
+            return folder
+    raise FileNotFoundError(f"no config folder beside {here}; reinstall specdec, or run from a complete checkout")
+
+
+def choices(group: str) -> list[str]:
+    """The names that a config group knows."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def load(group: str, name: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read ``conf/GROUP/NAME.yaml`` and lay ``overrides`` over it.
+
+    Raises:
+        ValueError: there is no such file; lists those there are.
+    """
+    path = config_dir() / group / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"unknown {group} {name!r}; known: {', '.join(choices(group))}")
+    config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.create(dict(overrides or {})))
+    loaded = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(loaded, dict)
+    return {str(key): value for key, value in loaded.items()}
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """Instantiate ``{_target_: ..., **constructor arguments}``.
+
+    Raises:
+        ImportError: a foreign distribution occupies one of our package names.
+        ValueError: the class is outside the packages a recipe may name, or does not take such an argument.
+    """
+    check_owners()
+    config = dict(config)
+    name = config.get("_target_")
+    if not isinstance(name, str) or not name.startswith(_ALLOWED):
+        raise ValueError(f"_target_ must name a class in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}")
+    cls = get_class(name)
+    known = inspect.signature(cls).parameters
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes: {', '.join(known) or 'no arguments'}")
+    try:
+        return instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        # Hydra wraps what the constructor said; users need the constructor's own words.
+        raise (error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error) from None
+
+
+def check_owners() -> None:
+    """Raise ImportError where ``drafters`` or ``verifiers`` is somebody else's package."""
+    for name in ("drafters", "verifiers"):
+        module = importlib.import_module(name)
+        if getattr(module, "__owner__", None) != _OWNER:
+            from importlib.metadata import packages_distributions
+
+            owners = ", ".join(packages_distributions().get(name, [])) or "unknown"
+            raise ImportError(
+                f"the package {name!r} at {getattr(module, '__file__', None)} is not specdec's (distribution: {owners}); "
+                "uninstall it or use a separate environment"
+            )
+
+
+def build_drafter(drafter: str | Mapping[str, Any] | Drafter, **options: Any) -> Drafter:
+    """A drafter from its name in ``conf/drafter``, from a config, or as it is."""
+    if isinstance(drafter, str):
+        return build(load("drafter", drafter, options))
+    if isinstance(drafter, Mapping):
+        return build({**drafter, **options})
+    if options:
+        raise ValueError(f"options {sorted(options)} go with a drafter's name, got a built {type(drafter).__name__}")
+    return drafter
+
+
+def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str | None = None) -> Verifier:
+    """A verifier from its name in ``conf/verifier``, from a config, or as it is; ``acceptance`` names a rule."""
+    if not isinstance(verifier, str | Mapping):
+        return verifier
+    config = load("verifier", verifier) if isinstance(verifier, str) else dict(verifier)
+    built: Verifier = build(config)
+    if acceptance is not None and acceptance != "auto":
+        built.rule = build(load("acceptance", acceptance))
+    return built
+
+
+def speculate(
+    model: Any,
+    drafter: str | Mapping[str, Any] | Drafter = "token_recycling",
+    verifier: str | Verifier = "tree_attention",
+    acceptance: str | None = None,
+    **options: Any,
+) -> Any:
+    """Make ``model.generate()`` speculate: same arguments, same result, sooner.
+
+    Args:
+        model: any decoder of transformers, untouched; ``torch.compile``, PEFT and DDP wrappers are looked through.
+        drafter: a name in ``conf/drafter``, or a drafter.
+        verifier: a name in ``conf/verifier``, or a verifier.
+        acceptance: a name in ``conf/acceptance``; None takes the lossless rule that suits the request.
+        **options: constructor arguments of the drafter.
+
+    Returns:
+        ``model``; ``model.speculation`` holds the statistics. A second call replaces the first.
+
+    Raises:
+        ValueError: an unknown name or option, a model that cannot run token trees, a drafter that does not fit it.
+    """
+    unwrap(model)
+    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance))

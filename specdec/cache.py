@@ -1,0 +1,196 @@
+"""TreeCache: K/V of committed tokens and of the tree under verification, in preallocated slabs.
+
+Row b's committed tokens lie in slots ``0..P_b-1``; there is no left padding, so rows are ragged. A pass says which slots
+it writes and how far it sees; a skipped attention simply writes nothing, so layers keep no counters. After a pass the rows
+of the accepted path are moved down in place.
+
+Shapes: B rows, Hkv key/value heads, D head size, N nodes, P committed tokens, K slots a pass sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+_BUCKET = 128  # slots; slabs grow by whole buckets and never inside a pass
+
+
+class _Slab:
+    """One zeroed storage ``[G, B, Hkv, capacity, D]`` for all K and V of one shape, dtype and device.
+
+    Keys and values of all layers lie in it side by side, so that moving an accepted path is one gather and one copy for
+    the whole model. Zeroed because a NaN in a masked slot still poisons its row.
+    """
+
+    def __init__(self, like: Tensor, count: int, capacity: int) -> None:
+        batch, heads, _, dim = like.shape
+        self.storage = torch.zeros(count, batch, heads, capacity, dim, dtype=like.dtype, device=like.device)
+
+    def grow(self, capacity: int) -> None:
+        grown = self.storage.new_zeros(*self.storage.shape[:3], capacity, self.storage.shape[4])
+        grown[:, :, :, : self.storage.shape[3]] = self.storage
+        self.storage = grown
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots ``source [B, m]`` to slots ``target [B, m]`` in every layer (the whole path is read first)."""
+        groups, batch, heads, _, dim = self.storage.shape
+        if batch == 1:
+            self.storage.index_copy_(3, target[0], self.storage.index_select(3, source[0]))
+            return
+        shape = (groups, batch, heads, source.shape[1], dim)
+        moved = self.storage.gather(3, source[None, :, None, :, None].expand(shape))
+        self.storage.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
+
+
+class TreeLayer(CacheLayerMixin):
+    """What one decoder layer sees of the cache: it writes its new K/V into the slots of the running pass."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, owner: TreeCache, keys: tuple[_Slab, int], values: tuple[_Slab, int]) -> None:
+        super().__init__()
+        self.owner = owner
+        self._key_place, self._value_place = keys, values
+        self.is_initialized = True
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the views anew after the slab has grown."""
+        self.keys = self._key_place[0].storage[self._key_place[1]]
+        self.values = self._value_place[0].storage[self._value_place[1]]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("a TreeLayer is filled from a prefilled cache and never starts empty")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write K and V ``[B, Hkv, N, D]`` of the pass and return all that it may see, ``[B, Hkv, K, D]``."""
+        owner, span = self.owner, self.owner.span
+        if isinstance(owner.slots, int):
+            end = owner.slots + key_states.shape[2]
+            self.keys[:, :, owner.slots : end] = key_states
+            self.values[:, :, owner.slots : end] = value_states
+        else:
+            index = owner.slots.to(self.keys.device)[:, None, :, None]
+            self.keys.scatter_(2, index.expand_as(key_states), key_states)
+            self.values.scatter_(2, index.expand_as(value_states), value_states)
+        return self.keys[:, :, :span], self.values[:, :, :span]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
+        return self.owner.span, 0
+
+    def get_seq_length(self) -> int:
+        return self.owner.span - self.owner.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TreeCache(Cache):
+    """K/V slabs of one request. Built from the cache that transformers' own prefill filled.
+
+    Attributes:
+        capacity: slots allocated for every row.
+        span: K, the slots that the running pass sees (``0..span-1``).
+        width: N of the running pass.
+        slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
+    """
+
+    def __init__(self, prefilled: DynamicCache, padding: Sequence[int], reserve: int, release: bool = False) -> None:
+        """Gather the prompt of every row into slots ``0..P_b-1``.
+
+        Args:
+            prefilled: cache after the prefill, columns left-padded by ``padding``.
+            padding: left padding of each row, in columns.
+            reserve: slots to have at least.
+            release: let go of each prefilled layer once it is copied (nobody else holds the cache).
+        """
+        self.padding = list(padding)
+        self.columns = prefilled.get_seq_length()
+        self.capacity = _bucket(max(reserve, self.columns))
+        self.span, self.width, self.slots = self.columns, 0, 0
+        self._slabs: list[_Slab] = []
+        super().__init__(layers=self._allocate(prefilled))
+        for source, layer in zip(prefilled.layers, self.layers, strict=True):
+            self._load(source, layer)
+            if release:
+                source.reset()
+
+    def _allocate(self, prefilled: DynamicCache) -> list[TreeLayer]:
+        tensors = [tensor for layer in prefilled.layers for tensor in (layer.keys, layer.values)]
+        kinds = [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in tensors]
+        slabs = {kind: _Slab(tensors[kinds.index(kind)], kinds.count(kind), self.capacity) for kind in dict.fromkeys(kinds)}
+        used = dict.fromkeys(slabs, 0)
+        places = []
+        for kind in kinds:
+            places.append((slabs[kind], used[kind]))
+            used[kind] += 1
+        self._slabs = list(slabs.values())
+        return [TreeLayer(self, k, v) for k, v in zip(places[::2], places[1::2], strict=True)]
+
+    def _load(self, source: DynamicLayer, layer: TreeLayer) -> None:
+        # A windowed layer keeps its newest columns only; what it dropped no window can see any more.
+        first = self.columns - source.keys.shape[2]
+        for row, pad in enumerate(self.padding):
+            start = max(first - pad, 0)
+            kept = slice(max(pad - first, 0), None)
+            end = self.columns - pad
+            layer.keys[row, :, start:end] = source.keys[row, :, kept]
+            layer.values[row, :, start:end] = source.values[row, :, kept]
+
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` slots; called between passes only."""
+        if slots <= self.capacity:
+            return
+        self.capacity = _bucket(max(slots, self.capacity + self.capacity // 2))
+        for slab in self._slabs:
+            slab.grow(self.capacity)
+        for layer in self.layers:
+            layer.refresh()
+
+    def begin(self, slots: int | Tensor, width: int, span: int) -> None:
+        """Announce a pass: it writes ``slots`` and sees slots ``0..span-1``."""
+        self.slots, self.width, self.span = slots, width, span
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers."""
+        for slab in self._slabs:
+            device = slab.storage.device
+            slab.move(source.to(device), target.to(device))
+
+    def extend(self, prefilled: DynamicCache, lengths: Sequence[int]) -> None:
+        """Append to the prefilled cache what was committed since, as plain generate would have left it.
+
+        Args:
+            prefilled: the cache this one was built from, unchanged since.
+            lengths: committed tokens of each row, padding not counted; the same number of new ones in every row.
+        """
+        new = {length + pad - self.columns for length, pad in zip(lengths, self.padding, strict=True)}
+        assert len(new) == 1, "rows are filled up to one length before the cache is handed back"
+        count = new.pop()
+        if count == 0:
+            return
+        for index, (target, layer) in enumerate(zip(prefilled.layers, self.layers, strict=True)):
+            keys = torch.stack([layer.keys[row, :, n - count : n] for row, n in enumerate(lengths)])
+            values = torch.stack([layer.values[row, :, n - count : n] for row, n in enumerate(lengths)])
+            assert target.is_initialized, f"layer {index} was released"
+            target.update(keys, values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the slabs."""
+        return sum(slab.storage.nbytes for slab in self._slabs)
+
+
+def can_branch(cache: Any) -> bool:
+    """Whether a cache is one that a TreeCache can be built from and hand back (full, sliding or chunked layers)."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and not cache.offloading and all(type(layer) in kinds for layer in cache.layers)
+
+
+def _bucket(slots: int) -> int:
+    return -(-slots // _BUCKET) * _BUCKET

@@ -1,0 +1,1 @@
+"""The embedded demo target, and the rule that holds prompts out of its training corpus."""

@@ -1,0 +1,256 @@
+"""The seam into transformers: ``speculate(model)`` makes ``model.generate`` speculate, ``restore(model)`` undoes it.
+
+The model object gets a class of its own that overrides ``_sample``, the method to which greedy decoding and sampling both
+dispatch, and thinly ``generate``. Copies and pickles are plain models; all our state is one plain ``__dict__`` entry.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from specdec import capabilities
+from specdec.decoding import Request, decode
+from specdec.interfaces import Drafter, Verifier
+from specdec.metrics import SpeculationStats
+from specdec.outputs import Recorder
+from specdec.sampling import Policy
+from specdec.target import Target
+
+_KEY = "_specdec"
+Model = TypeVar("Model", bound=Any)
+
+
+class Speculation:
+    """What one speculating model carries: its target, drafter and verifier, and the statistics of its calls.
+
+    Attributes:
+        stats: all calls since ``speculate`` or the last ``reset``.
+        last: the latest call.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, verifier: Verifier) -> None:
+        self.target, self.drafter, self.verifier = target, drafter, verifier
+        self.verifier.taps = tuple(drafter.needs.taps)  # type: ignore[attr-defined]
+        self.stats = self._new_stats()
+        self.last = self._new_stats()
+        self.entered = False
+        self._busy = threading.Lock()
+        self._warned: set[str] = set()
+
+    def reset(self) -> None:
+        """Set all counters to zero and make the drafter forget what it learnt."""
+        self.stats, self.last = self._new_stats(), self._new_stats()
+        self.drafter.reset()
+
+    def warn_once(self, message: str) -> None:
+        """Warn the user, the same message once per ``speculate``."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Hold the model for one request.
+
+        Raises:
+            RuntimeError: another request is running on it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this model is generating already; one speculating model serves one generate() at a time")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def sample(self, request: Request, recorder: Recorder) -> Any:
+        """Run one request and return what ``_sample`` would."""
+        stats = self._new_stats()
+        on_cuda = self.target.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.target.device)
+            before = torch.cuda.memory_allocated(self.target.device)
+        for state, step in decode(self.target, self.drafter, self.verifier, request, stats):
+            recorder.record(state, step)
+        result = recorder.result(self.target, state, stats)
+        if on_cuda:
+            stats.peak_extra_bytes = torch.cuda.max_memory_allocated(self.target.device) - before
+        elif state.context is not None:
+            stats.peak_extra_bytes = state.context.cache.nbytes
+        self.last = stats
+        self.stats += stats
+        return result
+
+    def _new_stats(self) -> SpeculationStats:
+        rule = self.verifier.rule
+        return SpeculationStats(self.drafter.name, rule is None or rule.lossless)
+
+
+def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
+    """Make ``model.generate`` speculate with built objects (``specdec.speculate`` also takes names).
+
+    Args:
+        model: a causal LM of transformers; ``torch.compile``, PEFT and DDP wrappers are looked through.
+        drafter: bound to this model from now on.
+        verifier: checks its trees.
+
+    Returns:
+        ``model``, as given.
+
+    Raises:
+        ImportError: this transformers lacks what the seam needs.
+        ValueError: the model cannot run token trees, or the drafter does not fit it.
+    """
+    inner = unwrap(model)
+    restore(inner)
+    capabilities.check_transformers(inner)
+    reason = capabilities.why_not(inner)
+    if reason is not None:
+        raise ValueError(f"{type(inner).__name__} ({inner.config.model_type}) cannot run token trees: {reason}")
+    target = Target(inner)
+    was_training = inner.training
+    inner.eval()
+    try:
+        capabilities.check(target)
+        reason = drafter.fit(target)
+    finally:
+        inner.train(was_training)
+    if reason is not None:
+        raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
+    inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
+    inner.__class__ = _speculating(type(inner))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give the model its plain ``generate`` back; a model that does not speculate is left as it is."""
+    inner = unwrap(model)
+    if _KEY in inner.__dict__:
+        del inner.__dict__[_KEY]
+        inner.__class__ = type(inner).__mro__[1]
+    return model
+
+
+def speculation_of(model: Any) -> Speculation:
+    """The handle of a speculating model: drafter, verifier, target, statistics.
+
+    Raises:
+        ValueError: the model does not speculate.
+    """
+    handle = unwrap(model).__dict__.get(_KEY)
+    if handle is None:
+        raise ValueError(f"this {type(model).__name__} does not speculate; call specdec.speculate(model, ...) first")
+    return handle
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside ``torch.compile``, PEFT and (Distributed)DataParallel wrappers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import GenerationMixin
+
+    inner = model
+    while not isinstance(inner, GenerationMixin):
+        if isinstance(inner, nn.Module) and "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        else:
+            raise ValueError(f"expected a transformers model that can generate, got {type(model).__name__}")
+    return inner
+
+
+def _speculating(base: type) -> type:
+    """A class like ``base`` whose generate speculates."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle: Speculation = self.__dict__[_KEY]
+        handle.entered = False
+        result = base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if not handle.entered:
+            handle.warn_once("this generation mode does not speculate (beams, an assistant, ...): it ran as transformers does")
+        return result
+
+    def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        handle: Speculation = self.__dict__[_KEY]
+        handle.entered = True
+        with handle.busy():
+            return _route(self, base, handle, input_ids, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        function, arguments, state, *rest = base.__reduce_ex__(self, protocol)  # type: ignore[misc]
+        plain = tuple(base if argument is type(self) else argument for argument in arguments)
+        return (function, plain, {k: v for k, v in state.items() if k != _KEY}, *rest)
+
+    def speculation(self: Any) -> SpeculationStats:
+        return self.__dict__[_KEY].stats
+
+    body = {
+        "generate": generate,
+        "_sample": _sample,
+        "__reduce_ex__": __reduce_ex__,
+        "speculation": property(speculation, doc="Statistics of all calls since speculate()."),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _route(
+    model: Any,
+    base: Any,
+    handle: Speculation,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Speculate, or hand the request to the base method where it belongs there."""
+    cache = model_kwargs.get("past_key_values")
+    max_length = getattr(stopping_criteria, "max_length", None) or 2**31
+    reason = "synced_gpus" if synced_gpus else None
+    reason = reason or capabilities.why_plain(model, input_ids, generation_config, model_kwargs, max_length)
+    if reason is not None:
+        handle.warn_once(f"not speculating: {reason}; running plain generation")
+        return base._sample(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    # One draw from torch's global generator, so that set_seed governs; greedy decoding leaves it untouched, as plain does.
+    seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else None
+    policy = Policy(input_ids, logits_processor, stopping_criteria, generation_config, seed)
+    keep_cache = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    padding = _padding(input_ids, model_kwargs.get("attention_mask"))
+    request = Request(input_ids, model_kwargs, generation_config, policy, padding, seed or 0, keep_cache)
+    recorder = Recorder(request, streamer, cache)
+    with model._optimize_model_for_decode():
+        return handle.sample(request, recorder)
+
+
+def _padding(input_ids: Tensor, mask: Tensor | None) -> list[int]:
+    """Left padding of each row within ``input_ids [B, W]``."""
+    columns = input_ids.shape[1]
+    if mask is None or columns == 0:
+        return [0] * input_ids.shape[0]
+    return (columns - mask[:, -columns:].sum(-1)).tolist()

@@ -1,0 +1,163 @@
+"""Every counter and every definition, with unit and denominator. Reports compute nothing of their own.
+
+Words: a *verification* is one target pass seen by one unfinished row. It offers *drafted* nodes, *accepts* some of them
+along a path and *emits* accepted + 1 tokens (the bonus), all counted after stops. The token of the prefill is emitted by
+no verification.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdec.interfaces import Verification
+from specdec.tree import TokenTree
+
+PHASES = ("prefill", "draft", "verify", "commit")
+
+
+@dataclass
+class SpeculationStats:
+    """Counters of one or many requests; they add up with ``+=``.
+
+    Attributes:
+        drafter: name of the drafter.
+        lossless: whether the acceptance rule leaves the target's law as it is.
+        rows: sequences decoded.
+        emitted_tokens: tokens emitted by all rows, the prefill's included, padding not.
+        verifications: target passes counted once per row that was unfinished.
+        passes: target passes over trees, whatever the batch.
+        drafted_nodes: candidates offered to unfinished rows, roots not counted.
+        computed_nodes: nodes computed for unfinished rows, roots and feed-only ones included.
+        accepted_lengths: accepted draft tokens -> number of verifications.
+        offered_at_depth: depth -> verifications whose tree had a candidate at it.
+        seconds: phase -> seconds of wall clock, draft including what drafters learn afterwards.
+        peak_extra_bytes: most memory held beyond the weights: on CUDA by the allocator, else the bytes of the K/V slabs.
+    """
+
+    drafter: str = "none"
+    lossless: bool = True
+    rows: int = 0
+    emitted_tokens: int = 0
+    verifications: int = 0
+    passes: int = 0
+    drafted_nodes: int = 0
+    computed_nodes: int = 0
+    accepted_lengths: Counter[int] = field(default_factory=Counter)
+    offered_at_depth: Counter[int] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    peak_extra_bytes: int = 0
+
+    def record(self, step: Verification, tree: TokenTree | None = None) -> None:
+        """Count one step; ``tree`` is None for the prefill, which emits a token but verifies nothing."""
+        self.emitted_tokens += sum(len(tokens) for tokens in step.tokens)
+        if tree is None:
+            self.rows += len(step.tokens)
+            return
+        self.passes += 1
+        offered = _candidates_by_depth(tree)
+        for row, done in enumerate(step.was_finished):
+            if done:
+                continue
+            by_depth = offered[row if len(offered) > 1 else 0]
+            self.verifications += 1
+            self.drafted_nodes += sum(by_depth)
+            self.computed_nodes += tree.num_nodes
+            self.accepted_lengths[step.accepted[row]] += 1
+            self.offered_at_depth.update(depth for depth, count in enumerate(by_depth, start=1) if count)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall clock of the block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Tokens emitted per verification, bonus included, the prefill's token not: plain decoding is exactly 1.0."""
+        return (self.emitted_tokens - self.rows) / self.verifications if self.verifications else 1.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Entry d-1: share of all verifications that accepted at least d tokens."""
+        return [self._accepted(depth) / self.verifications for depth in self._depths()]
+
+    @property
+    def conditional_acceptance_by_depth(self) -> list[float]:
+        """Entry d-1: of the verifications that accepted d-1 tokens and offered depth d at all, the share that accepted d."""
+        rates = []
+        for depth in self._depths():
+            reached = min(self._accepted(depth - 1), self.offered_at_depth[depth])
+            rates.append(self._accepted(depth) / reached if reached else 0.0)
+        return rates
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens emitted after the prefill per second spent after the prefill, all rows together."""
+        seconds = sum(self.seconds[phase] for phase in PHASES if phase != "prefill")
+        return (self.emitted_tokens - self.rows) / seconds if seconds else 0.0
+
+    @property
+    def draft_share(self) -> float:
+        """Share of the time after the prefill that went into drafting and learning."""
+        seconds = sum(self.seconds[phase] for phase in PHASES if phase != "prefill")
+        return self.seconds["draft"] / seconds if seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counters and metrics as plain values, for JSON."""
+        return {
+            "drafter": self.drafter,
+            "lossless": self.lossless,
+            "rows": self.rows,
+            "emitted_tokens": self.emitted_tokens,
+            "verifications": self.verifications,
+            "passes": self.passes,
+            "drafted_nodes": self.drafted_nodes,
+            "computed_nodes": self.computed_nodes,
+            "mean_accepted_tokens": self.mean_accepted_tokens,
+            "acceptance_by_depth": self.acceptance_by_depth,
+            "conditional_acceptance_by_depth": self.conditional_acceptance_by_depth,
+            "accepted_lengths": dict(sorted(self.accepted_lengths.items())),
+            "tokens_per_second": self.tokens_per_second,
+            "draft_share": self.draft_share,
+            "seconds": dict(self.seconds),
+            "peak_extra_bytes": self.peak_extra_bytes,
+        }
+
+    def __iadd__(self, other: SpeculationStats) -> SpeculationStats:
+        for name in ("rows", "emitted_tokens", "verifications", "passes", "drafted_nodes", "computed_nodes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.accepted_lengths.update(other.accepted_lengths)
+        self.offered_at_depth.update(other.offered_at_depth)
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] += seconds
+        self.peak_extra_bytes = max(self.peak_extra_bytes, other.peak_extra_bytes)
+        self.lossless &= other.lossless
+        return self
+
+    def _accepted(self, depth: int) -> int:
+        return sum(count for length, count in self.accepted_lengths.items() if length >= depth)
+
+    def _depths(self) -> range:
+        return range(1, max(self.offered_at_depth, default=0) + 1)
+
+
+def _candidates_by_depth(tree: TokenTree) -> list[list[int]]:
+    """Per row (one entry where rows agree): number of candidates at depths 1..D."""
+    counts = tree.topology.__dict__.get("_counts")
+    if tree.role is None and counts is not None:
+        return counts
+    depths = tree.topology.depths.expand(tree.batch_size if tree.role is not None else -1, -1)
+    alive = depths > 0 if tree.candidates is None else (depths > 0) & tree.candidates
+    levels = range(1, tree.topology.max_depth + 1)
+    rows = [[int(((row == level) & ok).sum()) for level in levels] for row, ok in zip(depths, alive, strict=True)]
+    if tree.role is None:
+        tree.topology.__dict__["_counts"] = rows  # static shapes are counted once
+    return rows

@@ -1,0 +1,229 @@
+"""How a request turns logits into tokens and when it stops: p is what plain ``generate`` would have used.
+
+Three ways to ask for p, chosen once per request from the processors and stopping criteria it carries:
+
+- *vectorised*: processors that ignore the ids (temperature, top-k, top-p, ...) take all nodes of a tree at once;
+- *by row*: every other built-in runs lazily along each row's walk, one call per emitted token, on the left-padded ids;
+- *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's sequence of
+  calls: the whole batch, one position at a time; rows then advance together, by the shortest.
+
+Shapes: B rows, N nodes, D depth, V vocabulary, W prompt columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as processors_of_transformers
+from transformers.generation import stopping_criteria as criteria_of_transformers
+
+_UNIFORM_BLOCK = 256
+
+
+def _known(module: Any, names: str) -> frozenset[type]:
+    return frozenset(getattr(module, name) for name in names.split() if hasattr(module, name))
+
+
+_IGNORE_IDS = _known(
+    processors_of_transformers,
+    "TemperatureLogitsWarper TopPLogitsWarper TopKLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper "
+    "EtaLogitsWarper SuppressTokensLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization",
+)
+_ROWS_ARE_INDEPENDENT = _IGNORE_IDS | _known(
+    processors_of_transformers,
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoRepeatNGramLogitsProcessor TopHLogitsWarper "
+    "SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
+    "ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor",
+)
+_SIMPLE_CRITERIA = _known(criteria_of_transformers, "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria")
+_ROW_CRITERIA = _SIMPLE_CRITERIA | _known(criteria_of_transformers, "StopStringCriteria")
+
+
+def _repetition_penalty(processor: Any, row: int) -> Any:
+    clone = copy.copy(processor)
+    ignored = processor.__dict__.get("prompt_ignore_length")
+    if isinstance(ignored, Tensor):
+        clone.prompt_ignore_length = ignored[row : row + 1]
+    return clone
+
+
+def _encoder_repetition(processor: Any, row: int) -> Any:
+    clone = copy.copy(processor)
+    rows = processor.encoder_input_ids.shape[0]
+    clone.encoder_input_ids = processor.encoder_input_ids[row % rows : row % rows + 1]
+    return clone
+
+
+def _encoder_no_repeat(processor: Any, row: int) -> Any:
+    clone = copy.copy(processor)
+    clone.generated_ngrams = [processor.generated_ngrams[row % processor.batch_size]]
+    clone.batch_size = 1
+    return clone
+
+
+def _prefix_constrained(processor: Any, row: int) -> Any:
+    allowed = processor._prefix_allowed_tokens_fn
+    return type(processor)(lambda _, ids: allowed(row, ids), 1)
+
+
+def _by_name(table: dict[str, Callable[[Any, int], Any]]) -> dict[type, Callable[[Any, int], Any]]:
+    return {getattr(processors_of_transformers, n): view for n, view in table.items() if hasattr(processors_of_transformers, n)}
+
+
+FOR_ROW = _by_name(
+    {
+        "RepetitionPenaltyLogitsProcessor": _repetition_penalty,
+        "EncoderRepetitionPenaltyLogitsProcessor": _encoder_repetition,
+        "EncoderNoRepeatNGramLogitsProcessor": _encoder_no_repeat,
+        "PrefixConstrainedLogitsProcessor": _prefix_constrained,
+    }
+)
+"""Built-in processors that hold state per row, and the view of them that serves one row alone."""
+
+
+class Uniforms:
+    """``u[b, t]`` in [0, 1): one per row and output position, drawn ahead.
+
+    Position t of row b uses the same number whatever was proposed and whoever the neighbours are, so sampled text is
+    identical for every point-mass drafter, tree and batch composition.
+
+    Args:
+        batch_size: B.
+        seed: of the request; each row has a generator of its own.
+    """
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        self._generators = [torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63) for row in range(batch_size)]
+        self._drawn = torch.empty(batch_size, 0, dtype=torch.float64)
+
+    def take(self, starts: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """float64 ``[B, count]``: row b from output position ``starts[b]`` on."""
+        while self._drawn.shape[1] < max(starts) + count:
+            block = [torch.rand(_UNIFORM_BLOCK, generator=g, dtype=torch.float64) for g in self._generators]
+            self._drawn = torch.cat([self._drawn, torch.stack(block)], dim=1)
+        positions = torch.tensor(starts)[:, None] + torch.arange(count)
+        return self._drawn.gather(1, positions).to(device)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that walk together, with the processors that serve them."""
+
+    rows: list[int]
+    processors: list[Any]
+
+
+class Policy:
+    """The sampling and stopping side of one request.
+
+    Args:
+        prompt_ids: int64 ``[B, W]``, as ``_sample`` received them.
+        processors: logits processors, in order.
+        criteria: stopping criteria, in order.
+        generation_config: for do_sample, pad token and the scores that the caller wants.
+        seed: of the uniforms; None under greedy decoding.
+    """
+
+    def __init__(
+        self, prompt_ids: Tensor, processors: Sequence[Any], criteria: Sequence[Any], generation_config: Any, seed: int | None
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.processors, self.criteria = list(processors), list(criteria)
+        batch = prompt_ids.shape[0]
+        self.uniforms = None if seed is None else Uniforms(batch, seed)
+        self.wants_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+        pad = generation_config._pad_token_tensor
+        self.pad_token_id = None if pad is None else int(pad)
+        self.max_new_tokens = min(
+            (c.max_length - prompt_ids.shape[1] for c in self.criteria if hasattr(c, "max_length")), default=2**31
+        )
+        eos = [c.eos_token_id for c in self.criteria if hasattr(c, "eos_token_id")]
+        self.has_eos = bool(eos)
+        self.eos_token_ids = {int(token) for ids in eos for token in torch.as_tensor(ids).flatten().tolist()}
+        self.outputs: list[list[int]] = [[] for _ in range(batch)]
+        self.stopped = [False] * batch
+        self._scores: list[Tensor] = []
+        self.vectorised, self.lock_step = self._mode(batch)
+        self.groups = self._groups(batch)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.prompt_ids.shape[0]
+
+    @property
+    def needs_ids(self) -> str | None:
+        """Name of a processor that reads the ids, which rules off the walk cannot serve; None where there is none."""
+        return next((type(p).__name__ for p in self.processors if type(p) not in _IGNORE_IDS), None)
+
+    def _mode(self, batch: int) -> tuple[bool, bool]:
+        kinds, stops = {type(p) for p in self.processors}, {type(c) for c in self.criteria}
+        if kinds <= _IGNORE_IDS and stops <= _SIMPLE_CRITERIA:
+            return True, False
+        by_row = kinds <= _ROWS_ARE_INDEPENDENT | FOR_ROW.keys() and stops <= _ROW_CRITERIA
+        # Without an EOS criterion plain generate lets a stopped row go on until all rows have stopped.
+        by_row &= self.has_eos or stops <= _SIMPLE_CRITERIA
+        return False, batch > 1 and not by_row
+
+    def _groups(self, batch: int) -> list[Group]:
+        if self.lock_step or batch == 1:
+            return [Group(list(range(batch)), self.processors)]
+        return [Group([row], [FOR_ROW.get(type(p), lambda p, _: p)(p, row) for p in self.processors]) for row in range(batch)]
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """Scores of all nodes at once: ``[B, N, V]`` -> float32 ``[B, N, V]`` (vectorised requests only)."""
+        if not self.processors:
+            return logits if self.uniforms is None and not self.wants_scores else logits.float()
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        unused = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
+        for processor in self.processors:
+            flat = processor(unused, flat)
+        return flat.view(logits.shape)
+
+    def ids(self, rows: Sequence[int]) -> Tensor:
+        """int64 ``[g, W+t]``: the ids of some rows as generate has them now; stopped rows padded to the longest."""
+        longest = max(len(self.outputs[row]) for row in rows)
+        pad = self.pad_token_id or 0
+        emitted = [self.outputs[row] + [pad] * (longest - len(self.outputs[row])) for row in rows]
+        tail = torch.tensor(emitted, dtype=torch.int64, device=self.prompt_ids.device).view(len(rows), longest)
+        return torch.cat([self.prompt_ids[list(rows)], tail], dim=1)
+
+    def draw_ahead(self, count: int, device: torch.device) -> Tensor | None:
+        """Uniforms of the next ``count`` positions of every row, ``[B, count]``; None under greedy decoding."""
+        return None if self.uniforms is None else self.uniforms.take([len(out) for out in self.outputs], count, device)
+
+    def cut(self, row: int, tokens: list[int]) -> tuple[list[int], bool]:
+        """Apply EOS and the token budget to tokens about to be emitted (vectorised requests)."""
+        tokens = tokens[: self.max_new_tokens - len(self.outputs[row])]
+        for index, token in enumerate(tokens):
+            if token in self.eos_token_ids:
+                return tokens[: index + 1], True
+        return tokens, len(self.outputs[row]) + len(tokens) >= self.max_new_tokens
+
+    def out_of_time(self) -> bool:
+        """Whether a ``max_time`` has run out (vectorised requests ask once per step)."""
+        timed = [c for c in self.criteria if type(c) is criteria_of_transformers.MaxTimeCriteria]
+        return any(bool(c(self.prompt_ids, None).any()) for c in timed)
+
+    def process(self, group: Group, ids: Tensor, logits: Tensor) -> Tensor:
+        """One plain call of the group's processors: ids ``[g, T]``, logits ``[g, V]`` -> float32 ``[g, V]``."""
+        scores = logits.float()
+        for processor in group.processors:
+            scores = processor(ids, scores)
+        return scores
+
+    def stops(self, ids: Tensor, scores: Tensor) -> list[bool]:
+        """One plain call of the stopping criteria on a group that has just grown by one token."""
+        seen = None
+        if self.wants_scores and len(self.groups) == 1:
+            self._scores.append(scores)
+            seen = tuple(self._scores)
+        done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        for criterion in self.criteria:
+            done |= torch.as_tensor(criterion(ids, seen), device=ids.device)
+        return done.tolist()

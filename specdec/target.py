@@ -1,0 +1,248 @@
+"""Target: a Hugging Face causal LM as prefill / run(tree) / keep(path), without a line of its modelling code copied.
+
+The prompt is read by transformers' own ``_prefill``; the keyword arguments of every tree pass are those that
+``prepare_inputs_for_generation`` returned for the first decode step, with ids, positions, mask and cache replaced. So
+embeddings as input, continued caches, chunked prefill, PEFT prompts and vision-language models need no case of their own.
+
+Shapes: B rows, N nodes of a tree, n nodes of a pass, P_b committed tokens of row b, K slots seen, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.cache import TreeCache
+from specdec.interfaces import Context, Needs, Tap
+from specdec.routing import FULL, Route, Router
+from specdec.tree import TokenTree
+from specdec.visibility import AttentionKinds, attention_masks
+
+_HEAD_CHUNK = 256  # prompt positions per pass of the head: bounds the vocabulary-sized intermediate
+
+
+@dataclass
+class PassOutput:
+    """What one pass computed: logits ``[B, n, V]`` as the model gives them, taps ``[B, n, H]``, all hidden states."""
+
+    logits: Tensor
+    states: Mapping[Tap, Tensor] = field(default_factory=dict)
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class Target:
+    """A causal LM seen from outside.
+
+    Args:
+        model: any decoder whose attention is full, sliding or chunked and which takes ``position_ids``;
+            ``capabilities.check`` says which do.
+
+    Raises:
+        ValueError: the decoder layers or the output head cannot be found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.layers = _decoder_layers(self.model, self.config.num_hidden_layers)
+        self.router = Router(self.layers, _output_head(self.model))
+        self.kinds = AttentionKinds.of(self.config)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of what the output head receives."""
+        return self.router.head.weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of logits."""
+        return self.router.head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.model.dtype
+
+    @property
+    def name(self) -> str:
+        """Class of the model, for messages."""
+        return type(self.model).__name__
+
+    def prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], needs: Needs
+    ) -> tuple[Any, PassOutput]:
+        """Read the prompt with transformers' own prefill.
+
+        Args:
+            input_ids: int64 ``[B, W]``, left-padded, as ``_sample`` receives them.
+            generation_config: as ``_sample`` receives it.
+            model_kwargs: likewise; chunked prefill rewrites it in place.
+            needs: what the drafter wants recorded over the prompt.
+
+        Returns:
+            transformers' output, and ours: ``logits [B, 1, V]`` after the prompt with the taps over it.
+        """
+        wanted = tuple(dict.fromkeys((*needs.taps, "final") if needs.prompt_top_k else needs.taps))
+        record = bool(wanted) and (needs.prompt_states or needs.prompt_top_k > 0)
+        kept = model_kwargs.get("logits_to_keep")
+        if record and kept is not None:
+            model_kwargs["logits_to_keep"] = 0  # the head must be shown all positions for its input to be recorded
+        with self.router.taps(wanted if record else (), last_only=record) as recorded:
+            outputs = self.model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        if record and kept is not None:
+            model_kwargs["logits_to_keep"] = kept
+        states = {tap: torch.cat(parts, dim=1) for tap, parts in recorded.items()}
+        return outputs, PassOutput(outputs.logits[:, -1:], states, outputs.get("hidden_states"))
+
+    def open(self, ids: Tensor, outputs: Any, model_kwargs: dict[str, Any], reserve: int, release: bool) -> Context:
+        """Move from transformers' prefill to our cache.
+
+        Args:
+            ids: int64 ``[B, W+1]``, the prompt and its first emitted token.
+            outputs: what ``prefill`` returned of transformers.
+            model_kwargs: of the prefill.
+            reserve: slots to have beyond the prompt.
+            release: the prefilled cache is nobody else's, so let go of it.
+        """
+        model_kwargs = self.model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
+        template = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+        prefilled = template.pop("past_key_values")
+        for dropped in ("input_ids", "inputs_embeds", "logits_to_keep", "cache_position"):
+            template.pop(dropped, None)
+        columns = prefilled.get_seq_length()
+        mask = template.pop("attention_mask", None)
+        if mask is None:
+            padding = [0] * ids.shape[0]
+        else:
+            assert mask.shape == (ids.shape[0], columns + 1), f"mask {tuple(mask.shape)} for {columns} cached columns"
+            padding = (columns + 1 - mask.sum(-1)).tolist()
+        if template.get("position_ids") is None:
+            # Such a model counts the columns of its cache, padding included.
+            template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
+        lengths = [columns - pad for pad in padding]
+        cache = TreeCache(prefilled, padding, columns + reserve, release)
+        return Context(cache, template, lengths, list(lengths), [0] * len(lengths))
+
+    def run(
+        self,
+        context: Context,
+        tree: TokenTree,
+        nodes: slice | None = None,
+        route: Route = FULL,
+        states: Tensor | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> PassOutput:
+        """One pass over (a stretch of) a tree. Nodes see the committed tokens, their ancestors and themselves.
+
+        Self-drafters run a growing tree level by level: ``nodes`` is the newest stretch, K/V of the earlier nodes stand in
+        the slots that their own pass wrote.
+
+        Args:
+            context: the request.
+            tree: the tree, up to at least the end of ``nodes``.
+            nodes: which of its nodes to run; all by default.
+            route: which part of the model.
+            states: ``[B, n, H]`` entering layer ``route.lo``, where that is > 0.
+            taps: states to record.
+        """
+        start, stop, _ = (nodes or slice(0, tree.num_nodes)).indices(tree.num_nodes)
+        inputs = self._inputs(context, tree, start, stop)
+        if route.is_full and not taps:
+            outputs = self.model(**inputs, return_dict=True)
+            return PassOutput(outputs.logits, {}, outputs.get("hidden_states"))
+        with self.router.route(route, states), self.router.taps(taps) as recorded:
+            outputs = self.model(**inputs, return_dict=True)
+        return PassOutput(outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states"))
+
+    def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
+        """Commit the nodes of each row's path: their K/V moves down to the first free slots, in place."""
+        longest = max(len(path) for path in paths)
+        if any(list(path) != list(range(len(path))) for path in paths):
+            # Short rows are filled up with moves of a slot onto itself.
+            source = [
+                [length + node for node in path] + [length + i for i in range(len(path), longest)]
+                for length, path in zip(context.lengths, paths, strict=True)
+            ]
+            target = [[length + i for i in range(longest)] for length in context.lengths]
+            both = torch.tensor([source, target], device=self.device)
+            context.cache.move(both[0], both[1])
+        context.lengths = [length + len(path) for length, path in zip(context.lengths, paths, strict=True)]
+
+    @torch.no_grad()
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of final states ``[B, T, H]`` -> ``[B, T, V]``, with the model's own soft-cap and scaling."""
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
+        with self.router.head_sees(states):
+            return self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What enters layer 0 for ``token_ids [B, T]`` -> ``[B, T, H]``, with the model's own scaling."""
+        with self.router.route(Route(hi=0, logits=False)), self.router.taps((0,)) as recorded:
+            self.model(input_ids=token_ids, use_cache=False, return_dict=True)
+        return recorded[0][0]
+
+    def top_k(self, states: Tensor, k: int) -> Tensor:
+        """Ids of the k most likely successors of final states ``[B, T, H]`` -> int64 ``[B, T, k]``, head in chunks."""
+        return torch.cat([self.head(part).topk(k).indices for part in states.split(_HEAD_CHUNK, dim=1)], dim=1)
+
+    def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int) -> dict[str, Any]:
+        """Keyword arguments of a pass over nodes ``[start, stop)``."""
+        lengths, cache = context.lengths, context.cache
+        uniform = len(set(lengths)) == 1
+        cache.reserve(max(lengths) + stop)
+        if uniform:
+            slots: int | Tensor = lengths[0] + start
+        else:
+            slots = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(start, stop, device=self.device)
+        cache.begin(slots, stop - start, max(lengths) + stop)
+        inputs = dict(context.template)
+        inputs["input_ids"] = tree.token_ids[:, start:stop]
+        inputs["past_key_values"] = cache
+        inputs["position_ids"] = inputs["position_ids"] + self._offsets(context, tree, start, stop)
+        inputs["attention_mask"] = attention_masks(self.kinds, tree.topology, slice(start, stop), lengths, self.dtype)
+        for name, value in context.template.items():
+            if name.endswith("token_type_ids"):
+                inputs[name] = value[..., -1:].expand(*value.shape[:-1], stop - start)
+        return inputs
+
+    def _offsets(self, context: Context, tree: TokenTree, start: int, stop: int) -> Tensor:
+        """Positions of the nodes relative to the template's, ``[1 or B, n]``."""
+        depths = tree.topology.depths[:, start:stop]
+        ahead = [now - base for now, base in zip(context.lengths, context.base_lengths, strict=True)]
+        # Nodes that the token budget makes unreachable stay within the positions that plain decoding would use, so that
+        # models with a position table never read past its end.
+        limits = [max(budget - 1, 0) for budget in context.budgets]
+        if len(set(ahead)) == 1 and len(set(limits)) == 1:
+            return depths.clamp(max=limits[0]) + ahead[0] if limits[0] < tree.topology.max_depth else depths + ahead[0]
+        rows = torch.tensor([limits, ahead], device=self.device)[..., None]
+        return torch.minimum(depths, rows[0]) + rows[1]
+
+
+def _decoder_layers(model: Any, count: int) -> Sequence[nn.Module]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in (decoder, *decoder.modules()):
+        for _, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return child
+    raise ValueError(f"{type(model).__name__}: found no list of {count} decoder layers to run a tree through")
+
+
+def _output_head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding; expected a causal LM with a head")
+    return head

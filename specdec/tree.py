@@ -1,0 +1,267 @@
+"""Token trees: what a drafter proposes and a verifier checks in one pass.
+
+Owns the shape of a tree (depths, ancestors, paths: derived from ``parents`` here and nowhere else) and the builders of
+trees. Knows nothing about models, caches or acceptance.
+
+Shapes: B rows (sequences), N nodes, D depth of the deepest node, R rows of draft distributions, V vocabulary.
+
+A worked example, N = 5, two branches under the root::
+
+    parents    0 0 0 1 2        root=0 -> {1 -> {3}, 2 -> {4}}
+    depths     0 1 1 2 2
+    ancestors  1 . . . .        node 0 sees itself
+               1 1 . . .
+               1 . 1 . .
+               1 1 . 1 .        node 3 sees 0, 1 and itself, never its cousin 4
+               1 . 1 . 1
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+# Roles of a node. Feed-only nodes are computed but can never be accepted; padding fills a row up to N.
+CANDIDATE, FEED_ONLY, PADDING = 0, 1, 2
+
+# How a child came to be (Draws.kind).
+POINT, WITH_REPLACEMENT, WITHOUT_REPLACEMENT = 0, 1, 2
+
+
+class Topology:
+    """The shape of a tree, shared by all rows (``parents [1, N]``) or per row (``parents [B, N]``).
+
+    Static drafters build one and keep it, so that everything derived from it is computed once.
+
+    Args:
+        parents: int64 ``[1 or B, N]``; node 0 is the root and its own parent, parents precede their children.
+        max_depth: depth of the deepest node, known to the builder (reading it off ``parents`` would synchronise).
+    """
+
+    def __init__(self, parents: Tensor, max_depth: int) -> None:
+        self.parents = parents
+        self.max_depth = max_depth
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the root included."""
+        return self.parents.shape[1]
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """bool ``[1 or B, N, N]``: entry (n, m) is true where m lies on the path from the root to n, n included."""
+        # Pointer doubling: log2(D) squarings of "self or parent" close the relation without a loop over nodes.
+        reach = torch.zeros(*self.parents.shape, self.num_nodes, device=self.parents.device)
+        reach.scatter_(2, self.parents.unsqueeze(-1), 1.0)
+        reach.diagonal(dim1=1, dim2=2).fill_(1.0)
+        for _ in range(max(self.max_depth - 1, 0).bit_length()):
+            reach = (reach @ reach).clamp_(max=1.0)
+        return reach > 0
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """int64 ``[1 or B, N]``, root = 0."""
+        return self.ancestors.sum(-1) - 1
+
+    @cached_property
+    def paths(self) -> Tensor:
+        """int64 ``[1 or B, N, D+1]``: the nodes from the root to n in order, padded with -1."""
+        nodes = torch.arange(self.num_nodes, device=self.parents.device)
+        # Parents precede children, so the ancestors of a node in ascending order are its path.
+        ordered = torch.where(self.ancestors, nodes, self.num_nodes).sort(-1).values[..., : self.max_depth + 1]
+        return torch.where(ordered == self.num_nodes, -1, ordered)
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """``[1 or B, 1, N, N]``: 0 where a node sees another, ``finfo.min`` elsewhere (-inf breaks eager attention)."""
+        masks: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_additive", {})
+        if dtype not in masks:
+            mask = torch.zeros(self.ancestors.shape, dtype=dtype, device=self.parents.device)
+            masks[dtype] = mask.masked_fill_(~self.ancestors, torch.finfo(dtype).min).unsqueeze(1)
+        return masks[dtype]
+
+    def to(self, device: torch.device) -> Topology:
+        """The same shape on another device (itself where it is there already)."""
+        return self if self.parents.device == device else Topology(self.parents.to(device), self.max_depth)
+
+
+@dataclass
+class Draws:
+    """The random events by which children were proposed, in the order they happened.
+
+    Rejection rules are exact only when they replay the events in this order with the distributions really used
+    (Leviathan et al. 2023; Chen et al. 2023; RSD, arXiv:2402.14160).
+
+    Attributes:
+        node: int64 ``[B, E]``, the child each event proposed; several events may name one node (i.i.d. samples that
+            coincided), -1 pads.
+        kind: int64 ``[B, E]``, POINT, WITH_REPLACEMENT or WITHOUT_REPLACEMENT.
+        q_row: int64 ``[B, E]``, row of ``q`` that the event was drawn from.
+        q: float32 ``[B, R, V]``, draft distributions.
+    """
+
+    node: Tensor
+    kind: Tensor
+    q_row: Tensor
+    q: Tensor
+
+
+@dataclass
+class TokenTree:
+    """A tree of proposed tokens for every row of a batch. Node 0 is the last committed token: its K/V is not cached yet.
+
+    Sibling candidates hold distinct tokens.
+
+    Attributes:
+        token_ids: int64 ``[B, N]``.
+        topology: the shape; ``parents``, depths and masks derive from it.
+        role: int64 ``[B, N]`` of CANDIDATE / FEED_ONLY / PADDING; None where every node is a candidate.
+        source: int64 ``[1 or B, N]``, index into ``sources`` of the drafter that proposed the node; None = all from 0.
+        sources: names of the drafters in this tree.
+        rank: int64 ``[1 or B, N]``, the drafter's own rank of the node among its siblings, 0 best; None = unknown.
+        draws: how sampled children were drawn; None = point mass everywhere.
+        entry: ``(layer, states [B, N, H])``: verification starts at this layer from these states, because the K/V of
+            the nodes below it are written already (self-drafters).
+    """
+
+    token_ids: Tensor
+    topology: Topology
+    role: Tensor | None = None
+    source: Tensor | None = None
+    sources: tuple[str, ...] = field(default=("draft",))
+    rank: Tensor | None = None
+    draws: Draws | None = None
+    entry: tuple[int, Tensor] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.token_ids.shape[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the root included."""
+        return self.token_ids.shape[1]
+
+    @property
+    def parents(self) -> Tensor:
+        """int64 ``[B, N]``."""
+        return self.topology.parents.expand(self.batch_size, -1)
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """bool ``[B, N]``: the nodes that may be accepted; None where all of them may."""
+        return None if self.role is None else self.role == CANDIDATE
+
+    def check(self) -> None:
+        """Raise AssertionError where the invariants of the contract do not hold (tests and debugging; synchronises)."""
+        parents, nodes = self.topology.parents, torch.arange(self.num_nodes, device=self.token_ids.device)
+        assert self.token_ids.dtype == torch.int64 and self.topology.num_nodes == self.num_nodes
+        assert bool((parents[:, 0] == 0).all()) and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
+        assert bool((self.token_ids >= 0).all()), "absence is a role, never a token id"
+        assert self.topology.max_depth == int(self.topology.depths.max())
+        candidate = self.candidates
+        alive = torch.ones_like(self.token_ids, dtype=torch.bool) if candidate is None else candidate
+        same = (self.parents[:, :, None] == self.parents[:, None]) & (self.token_ids[:, :, None] == self.token_ids[:, None])
+        same &= alive[:, :, None] & alive[:, None] & (nodes[:, None] != nodes) & (nodes > 0) & (nodes[:, None] > 0)
+        assert not bool(same.any()), "sibling candidates hold distinct tokens"
+
+
+@lru_cache(maxsize=512)
+def chain(num_nodes: int, device: torch.device | None = None) -> Topology:
+    """The topology of one chain: root, child, grandchild, ... (``num_nodes`` nodes, the root included)."""
+    return Topology((torch.arange(num_nodes, device=device) - 1).clamp_(min=0)[None], num_nodes - 1)
+
+
+def root_only(root: Tensor) -> TokenTree:
+    """The tree that proposes nothing: plain decoding. ``root`` int64 ``[B]``."""
+    return TokenTree(root[:, None], chain(1, root.device))
+
+
+@dataclass(frozen=True)
+class Template:
+    """A static tree: which rank of which parent every node takes (Medusa's and Token Recycling's trees are such).
+
+    Attributes:
+        topology: ``parents [1, N]`` in breadth-first order.
+        ranks: rank of every node among its siblings, root 0; int64 ``[N]``.
+        levels: for each depth 1..D, the slice of nodes at it.
+    """
+
+    topology: Topology
+    ranks: Tensor
+    levels: tuple[slice, ...]
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> Template:
+        """Build from rank paths, such as ``[(0,), (1,), (0, 0)]`` (the root is implied).
+
+        Raises:
+            ValueError: a path is repeated, or names a rank whose parent or better-ranked sibling is missing.
+        """
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        index: dict[tuple[int, ...], int] = {(): 0}
+        parents = [0]
+        for path in ordered:
+            if path in index or not path:
+                raise ValueError(f"a tree names each node once; got {list(path)} {'twice' if path else '(the root)'}")
+            missing = next((p for p in (path[:-1], (*path[:-1], path[-1] - 1)) if p[-1:] != (-1,) and p not in index), None)
+            if missing is not None:
+                raise ValueError(f"path {list(path)} needs {list(missing)} in the tree too; trees are closed under it")
+            index[path] = len(parents)
+            parents.append(index[path[:-1]])
+        depths = [0, *(len(path) for path in ordered)]
+        levels = tuple(slice(depths.index(d), depths.index(d) + depths.count(d)) for d in range(1, depths[-1] + 1))
+        ranks = torch.tensor([0, *(path[-1] for path in ordered)])
+        return cls(Topology(torch.tensor([parents]), depths[-1]), ranks, levels)
+
+    def to(self, device: torch.device) -> Template:
+        """The same template with its tensors on ``device``."""
+        return Template(self.topology.to(device), self.ranks.to(device), self.levels)
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the root included."""
+        return self.topology.num_nodes
+
+    @property
+    def width(self) -> int:
+        """Largest number of children of a node that the template asks for."""
+        return int(self.ranks.max()) + 1
+
+
+def best_first(
+    acceptance: Sequence[Sequence[float]], num_nodes: int, max_depth: int | None = None
+) -> list[tuple[int, ...]]:
+    """The rank paths of the tree with the most expected tokens under a node budget.
+
+    With path value = product of its edge values, the best tree is the ``num_nodes`` largest values; where edge values
+    fall with rank this equals the dynamic programme of Sequoia (arXiv:2402.12374), at the cost of a heap.
+
+    Args:
+        acceptance: edge values, ``acceptance[d][r]`` = probability that the child of rank r at depth d+1 is the one
+            accepted; the last row serves all greater depths.
+        num_nodes: nodes to choose, the root not counted.
+        max_depth: no deeper than this; None = no limit.
+    """
+    heap: list[tuple[float, tuple[int, ...]]] = []
+
+    def push(value: float, parent: tuple[int, ...], rank: int) -> None:
+        edges = acceptance[min(len(parent), len(acceptance) - 1)]
+        if rank < len(edges) and edges[rank] > 0 and (max_depth is None or len(parent) < max_depth):
+            heapq.heappush(heap, (-value * edges[rank], (*parent, rank)))
+
+    values: dict[tuple[int, ...], float] = {(): 1.0}
+    push(1.0, (), 0)
+    chosen: list[tuple[int, ...]] = []
+    while heap and len(chosen) < num_nodes:
+        negative, path = heapq.heappop(heap)
+        chosen.append(path)
+        values[path] = -negative
+        push(values[path[:-1]], path[:-1], path[-1] + 1)
+        push(-negative, path, 0)
+    return chosen

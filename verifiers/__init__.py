@@ -1,0 +1,3 @@
+"""Verifiers: tree attention and acceptance rules. Imports ``specdec`` only."""
+
+__owner__ = "specdec"

@@ -1,0 +1,159 @@
+"""The verifier: one tree-attention pass of the target, then an acceptance rule and the stop rules.
+
+Owns how a pass becomes a decision. The mask comes from ``specdec.tree`` and ``specdec.visibility``, the rules from
+``verifiers.acceptance``, p and the stops from ``specdec.sampling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.interfaces import AcceptanceRule, DecodeState, Tap, Verification
+from specdec.routing import FULL, Route
+from specdec.sampling import Group, Policy
+from specdec.target import PassOutput, Target
+from specdec.tree import CANDIDATE, TokenTree, root_only
+from verifiers.acceptance import Greedy, TargetSampling
+
+
+class TreeVerifier:
+    """Verify a whole tree in one pass of the target.
+
+    Args:
+        rule: the acceptance rule; None picks the lossless one for how the request decodes (greedy or sampling).
+    """
+
+    def __init__(self, rule: AcceptanceRule | None = None) -> None:
+        self.rule = rule
+        self.taps: Sequence[Tap] = ()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text is the target's own."""
+        return self.rule is None or self.rule.lossless
+
+    def first(self, target: Target, state: DecodeState, logits: Tensor) -> Verification:
+        """The token of the prefill, ``logits [B, V]``: a tree of which only the root has been computed."""
+        return self._decide(state, root_only(state.root), PassOutput(logits[:, None]), target.device)
+
+    def verify(self, target: Target, state: DecodeState, tree: TokenTree) -> Verification:
+        """One pass over ``tree``, then acceptance and stop rules."""
+        assert state.context is not None, "the prompt has not been read"
+        layer, states = tree.entry or (0, None)
+        route = Route(lo=layer) if tree.entry else FULL
+        output = target.run(state.context, tree, route=route, states=states, taps=self.taps)
+        return self._decide(state, tree, output, target.device)
+
+    def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput, device: torch.device) -> Verification:
+        policy = state.policy
+        rule = self.rule or (Greedy() if policy.uniforms is None else TargetSampling())
+        uniforms = policy.draw_ahead(tree.topology.max_depth + 1, device)
+        if policy.vectorised:
+            step = self._vectorised(rule, state, tree, output, uniforms)
+        else:
+            if not rule.on_path:
+                raise ValueError(
+                    f"acceptance rule {rule.name!r} needs p off the walk, which {policy.needs_ids or 'a stopping criterion'} "
+                    "cannot give; use the default rule with it"
+                )
+            step = _walk_lazily(rule, state, tree, output.logits, uniforms)
+        step.states, step.hidden_states = output.states, output.hidden_states
+        return step
+
+    def _vectorised(
+        self, rule: AcceptanceRule, state: DecodeState, tree: TokenTree, output: PassOutput, uniforms: Tensor | None
+    ) -> Verification:
+        policy = state.policy
+        scores = policy.warp(output.logits)
+        walk = rule.accept(tree, scores, uniforms)
+        width = walk.path.shape[1]
+        rows = torch.cat([walk.path, walk.tokens], dim=1).tolist()  # the step's one device-to-host synchronisation
+        late = policy.out_of_time()
+        paths, tokens, finished = [], [], []
+        for row, values in enumerate(rows):
+            if state.finished[row]:
+                emitted, stop = [], True
+            else:
+                length = next((i for i, node in enumerate(values[:width]) if node < 0), width)
+                emitted, stop = policy.cut(row, values[width : width + length])
+            paths.append(values[: len(emitted)])
+            tokens.append(emitted)
+            finished.append(stop or late)
+        kept = None
+        if policy.wants_scores:
+            kept = [scores[row, nodes].float() for row, nodes in enumerate(paths)]
+        return Verification(paths, tokens, finished, list(state.finished), output.logits, scores=kept)
+
+
+def _walk_lazily(
+    rule: AcceptanceRule, state: DecodeState, tree: TokenTree, logits: Tensor, uniforms: Tensor | None
+) -> Verification:
+    """Call processors and criteria once per emitted token, in plain's order, while following the tree."""
+    batch = state.batch_size
+    step = Verification([[] for _ in range(batch)], [[] for _ in range(batch)], list(state.finished), list(state.finished), logits)
+    if state.policy.wants_scores:
+        step.scores = [logits.new_empty(0, logits.shape[-1], dtype=torch.float32) for _ in range(batch)]
+    children = _children(tree)
+    for group in state.policy.groups:
+        if not all(state.finished[row] for row in group.rows):
+            _walk_group(rule, state.policy, group, children, uniforms, step)
+    return step
+
+
+def _walk_group(
+    rule: AcceptanceRule,
+    policy: Policy,
+    group: Group,
+    children: list[dict[int, dict[int, int]]],
+    uniforms: Tensor | None,
+    step: Verification,
+) -> None:
+    rows, nodes = group.rows, [0] * len(group.rows)
+    ids = policy.ids(rows)
+    stopped = [policy.stopped[row] for row in rows]
+    depth = 0
+    while True:
+        scores = policy.process(group, ids, step.logits[rows, nodes].to(ids.device))
+        chosen = rule.select(scores, None if uniforms is None else uniforms[rows, depth].to(ids.device))
+        emitted = chosen.tolist()
+        if policy.has_eos:
+            emitted = [policy.pad_token_id or 0 if done else token for token, done in zip(emitted, stopped, strict=True)]
+        ids = torch.cat([ids, torch.tensor(emitted, device=ids.device)[:, None]], dim=1)
+        now = policy.stops(ids, scores)
+        for index, row in enumerate(rows):
+            if not step.finished[row]:
+                step.path[row].append(nodes[index])
+                step.tokens[row].append(emitted[index])
+                if step.scores is not None:
+                    step.scores[row] = torch.cat([step.scores[row], scores[index : index + 1]])
+        stopped = _stop(policy, step, rows, [old or new for old, new in zip(stopped, now, strict=True)])
+        following = [children[row].get(node, {}).get(token) for row, node, token in zip(rows, nodes, emitted, strict=True)]
+        if all(stopped) or any(n is None for n, row in zip(following, rows, strict=True) if not step.finished[row]):
+            return
+        nodes = [node if following[index] is None else following[index] for index, node in enumerate(nodes)]  # type: ignore[misc]
+        depth += 1
+
+
+def _stop(policy: Policy, step: Verification, rows: list[int], stopped: list[bool]) -> list[bool]:
+    # A stopped row pads where there is an EOS criterion; without one it goes on with real tokens until all have stopped.
+    for row, done in zip(rows, stopped, strict=True):
+        policy.stopped[row] = done
+        step.finished[row] = done and (policy.has_eos or all(stopped))
+    return stopped
+
+
+def _children(tree: TokenTree) -> list[dict[int, dict[int, int]]]:
+    """Per row: node -> token -> child, candidates only."""
+    tokens, parents = tree.token_ids.tolist(), tree.parents.tolist()
+    roles = tree.role.tolist() if tree.role is not None else [[CANDIDATE] * tree.num_nodes] * tree.batch_size
+    table: list[dict[int, dict[int, int]]] = []
+    for row in range(tree.batch_size):
+        children: dict[int, dict[int, int]] = {}
+        for node in range(1, tree.num_nodes):
+            if roles[row][node] == CANDIDATE:
+                children.setdefault(parents[row][node], {})[tokens[row][node]] = node
+        table.append(children)
+    return table
