@@ -7,7 +7,11 @@ a docstring, as plain text otherwise (and in a quarter of the other cases, so th
 from __future__ import annotations
 
 import json
+import random
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +23,18 @@ from specdec.demo.heldout import gsm8k_problems, stdlib_functions
 DOMAINS = ("gsm8k", "code")
 BOS, EOS, PAD, END = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|end|>"
 SPECIAL = [EOS, BOS, PAD, END, "<|system|>", "<|user|>", "<|assistant|>"]
+PLAIN_EPOCHS = 2
 SYSTEM_PROMPT = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_NAME_WITH_VERB = re.compile(
+    r"\b([A-Z][a-z]+) (?:has|had|is|was|wants|needs|buys|bought|sells|sold|makes|made|gets|got|goes|went|works|eats)\b"
+)
+_SHE = re.compile(r"\b(?:she|her|hers|She|Her)\b")
+_HE = re.compile(r"\b(?:he|his|him|He|His)\b")
 
 
 def chat_document(user: str, assistant: str, *, system: bool = False) -> str:
@@ -33,19 +43,55 @@ def chat_document(user: str, assistant: str, *, system: bool = False) -> str:
     return f"{BOS}{head}<|user|>{user}{END}<|assistant|>{assistant}{EOS}"
 
 
-def documents(domain: str, gsm8k: Path, *, heldout: bool) -> list[str]:
-    """The documents of one domain on one side of the split, in a fixed order."""
+def documents(domain: str, gsm8k: Path, heldout: bool, epoch: int = 0) -> list[str]:
+    """The documents of one domain on one side of the split, in a fixed order.
+
+    Epochs from ``PLAIN_EPOCHS`` on vary the texts: GSM8K with other first names, functions in the other format.
+    """
+    variant = max(0, epoch + 1 - PLAIN_EPOCHS)
+    texts = []
     if domain == "gsm8k":
         problems = gsm8k_problems(gsm8k, heldout=heldout)
-        # Every 20th with a system turn, so that its token is trained as well.
-        return [chat_document(p.question, p.answer, system=i % 20 == 0) for i, p in enumerate(problems)]
-    texts = []
+        rename = NameSwap([p.question for p in problems], variant) if variant else str
+        for index, problem in enumerate(problems):
+            # Every 20th with a system turn, so that its token is trained as well.
+            system = (index + variant) % 20 == 0
+            texts.append(rename(chat_document(problem.question, problem.answer, system=system)))
+        return texts
     for index, function in enumerate(stdlib_functions(heldout=heldout)):
-        if function.summary and index % 4:
+        if function.summary and (index + variant) % 4:
             texts.append(chat_document(function.request, function.source))
         else:
-            texts.append((BOS if index % 2 else "") + function.source + EOS)
+            texts.append((BOS if (index + variant) % 2 else "") + function.source + EOS)
     return texts
+
+
+class NameSwap:
+    """Replaces the first names in a text, consistently and by names used with the same pronouns.
+
+    A model that has read each problem under several names has to copy the name from the question. A name is a
+    capitalised word that ``has``, ``buys`` ... something and never occurs in lower case.
+    """
+
+    def __init__(self, questions: list[str], seed: int) -> None:
+        self._random = random.Random(seed)
+        lower = {word for text in questions for word in re.findall(r"\b[a-z]+\b", text)}
+        found = Counter(name for text in questions for name in _NAME_WITH_VERB.findall(text))
+        names = {name for name, count in found.items() if count >= 2 and name.lower() not in lower}
+        lean: Counter[str] = Counter()
+        for text in questions:
+            if len(inside := names.intersection(re.findall(r"[A-Z][a-z]+", text))) == 1:
+                lean[inside.pop()] += len(_SHE.findall(text)) - len(_HE.findall(text))
+        self._lean = {name: (lean[name] > 0) - (lean[name] < 0) for name in names}
+        self._pools = {sign: sorted(name for name in names if self._lean[name] == sign) for sign in (-1, 0, 1)}
+        self._pattern = re.compile(r"\b(" + "|".join(sorted(names)) + r")\b")
+
+    def __call__(self, text: str) -> str:
+        inside = sorted(set(self._pattern.findall(text)))
+        swap: dict[str, str] = {}
+        for name in inside:
+            swap[name] = self._random.choice([n for n in self._pools[self._lean[name]] if n not in swap.values()])
+        return self._pattern.sub(lambda match: swap[match[0]], text)
 
 
 def find_gsm8k(path: Path) -> Path:
@@ -93,15 +139,16 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 
 
 class Stream:
-    """An endless token stream over one domain's documents, freshly permuted in each epoch.
+    """An endless token stream: the documents of each epoch, ``texts(epoch)``, in a new order.
 
-    Position ``p`` of the stream depends on the seed alone, so a run is resumed by computing where it stood.
+    Position ``p`` of the stream depends on the seed alone, so a run is resumed by computing where it stood. To that
+    end all epochs get the length of the first: longer ones are cut, shorter ones begin again.
     """
 
-    def __init__(self, docs: list[np.ndarray], seed: int) -> None:
-        self._docs, self._seed = docs, seed
-        self.epoch_tokens = sum(map(len, docs))
-        self._epoch, self._tokens = -1, np.empty(0, np.int64)
+    def __init__(self, texts: Callable[[int], list[str]], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self._texts, self._tokenizer, self._seed = texts, tokenizer, seed
+        self._epoch, self._tokens = 0, self._epoch_ids(0)
+        self.epoch_tokens = len(self._tokens)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """``count`` token ids from position ``start``."""
@@ -109,11 +156,15 @@ class Stream:
         while count:
             epoch, offset = divmod(start, self.epoch_tokens)
             if epoch != self._epoch:
-                order = np.random.default_rng([self._seed, epoch]).permutation(len(self._docs))
-                self._epoch, self._tokens = epoch, np.concatenate([self._docs[i] for i in order])
+                self._epoch, self._tokens = epoch, np.resize(self._epoch_ids(epoch), self.epoch_tokens)
             parts.append(self._tokens[offset : offset + count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
+
+    def _epoch_ids(self, epoch: int) -> np.ndarray:
+        docs = encode_all(self._tokenizer, self._texts(epoch))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(docs))
+        return np.concatenate([docs[i] for i in order])
 
 
 def encode_all(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:

@@ -19,14 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_target_corpus import DOMAINS, Stream, documents, encode_all, find_gsm8k, train_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo_target_corpus import DOMAINS, Stream, documents, encode_all, find_gsm8k, train_tokenizer
 from specdec.demo.heldout import ends_in_loop, heldout_functions, heldout_gsm8k
 
 log = logging.getLogger("train_demo_target")
@@ -147,9 +148,9 @@ class Run:
             "rng": torch.get_rng_state(),
             "progress": {"step": self.step, "steps": self.steps, "seconds": self.seconds},
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        unfinished = self.checkpoint.with_suffix(".partial")
+        torch.save(state, unfinished)
+        os.replace(unfinished, self.checkpoint)
 
     def load(self) -> None:
         """Take the state from the checkpoint, if there is one."""
@@ -169,7 +170,7 @@ def open_run(folder: Path, recipe: Recipe, gsm8k: Path, *, resume: bool = True) 
     folder.mkdir(parents=True, exist_ok=True)
     saved = folder / "tokenizer"
     if not (resume and (saved / "tokenizer.json").is_file()):
-        texts = [text for domain in DOMAINS for text in documents(domain, gsm8k, heldout=False)]
+        texts = [text for domain in DOMAINS for text in documents(domain, gsm8k, False)]
         train_tokenizer(texts, recipe.vocab_size, recipe.max_positions).save_pretrained(saved)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
     model = new_model(recipe, tokenizer)
@@ -190,8 +191,10 @@ def train(run: Run, steps: int, gsm8k: Path, save_every: float) -> None:
         )
     run.steps = steps
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
-    docs = [encode_all(run.tokenizer, documents(domain, gsm8k, heldout=False)) for domain in DOMAINS]
-    streams = [Stream(part, recipe.seed * len(DOMAINS) + i) for i, part in enumerate(docs)]
+    streams = [
+        Stream(partial(documents, domain, gsm8k, False), run.tokenizer, recipe.seed * len(DOMAINS) + index)
+        for index, domain in enumerate(DOMAINS)
+    ]
     log.info("tokens per epoch: %s", {d: s.epoch_tokens for d, s in zip(DOMAINS, streams, strict=True)})
     losses_of = torch.compile(token_losses, dynamic=False)
     run.model.train()
@@ -282,7 +285,7 @@ def evaluate(target: Path, recipe: Recipe, gsm8k: Path, samples: int = 3, count:
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(target)
     for domain in DOMAINS:
-        loss = heldout_loss(model, encode_all(tokenizer, documents(domain, gsm8k, heldout=True)), recipe)
+        loss = heldout_loss(model, encode_all(tokenizer, documents(domain, gsm8k, True)), recipe)
         turns = prompts_of(domain, gsm8k, count)
         answers = list(continuations(model, tokenizer, turns))
         loops, ended = sum(map(ends_in_loop, answers)), sum(len(answer) < 128 for answer in answers)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from specdec.generation import attach, unwrap
@@ -64,9 +64,9 @@ def build(config: Mapping[str, Any]) -> Any:
     config = dict(config)
     name = config.get("_target_")
     if not isinstance(name, str) or not name.startswith(_ALLOWED):
-        raise ValueError(f"_target_ must name a class in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}")
-    cls = get_class(name)
-    known = inspect.signature(cls).parameters
+        raise ValueError(f"_target_ must name a class or function in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}")
+    made = get_object(name)
+    known = inspect.signature(made).parameters
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     if unknown:
         raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes: {', '.join(known) or 'no arguments'}")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from specdec import capabilities
-from specdec.decoding import Request, decode
-from specdec.interfaces import Drafter, Verifier
+from specdec import capabilities, sampling
+from specdec.decoding import Request, Step, decode
+from specdec.interfaces import DecodeState, Drafter, Verifier
 from specdec.metrics import SpeculationStats
 from specdec.outputs import Recorder
 from specdec.sampling import Policy
@@ -33,6 +33,7 @@ class Speculation:
     Attributes:
         stats: all calls since ``speculate`` or the last ``reset``.
         last: the latest call.
+        observers: called after every step of the loop, with the state and the step.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier) -> None:
@@ -40,6 +41,7 @@ class Speculation:
         self.verifier.taps = tuple(drafter.needs.taps)  # type: ignore[attr-defined]
         self.stats = self._new_stats()
         self.last = self._new_stats()
+        self.observers: list[Callable[[DecodeState, Step], None]] = []
         self.entered = False
         self._busy = threading.Lock()
         self._warned: set[str] = set()
@@ -78,6 +80,8 @@ class Speculation:
             before = torch.cuda.memory_allocated(self.target.device)
         for state, step in decode(self.target, self.drafter, self.verifier, request, stats):
             recorder.record(state, step)
+            for observer in self.observers:
+                observer(state, step)
         result = recorder.result(self.target, state, stats)
         if on_cuda:
             stats.peak_extra_bytes = torch.cuda.max_memory_allocated(self.target.device) - before
@@ -135,6 +139,19 @@ def restore(model: Model) -> Model:
         del inner.__dict__[_KEY]
         inner.__class__ = type(inner).__mro__[1]
     return model
+
+
+@contextmanager
+def plainly(model: Any) -> Iterator[None]:
+    """Within the block ``model.generate`` is plain; the speculation comes back as it was, drafter state included."""
+    inner = unwrap(model)
+    handle, speculating = inner.__dict__.pop(_KEY), type(inner)
+    inner.__class__ = speculating.__mro__[1]
+    try:
+        yield
+    finally:
+        inner.__class__ = speculating
+        inner.__dict__[_KEY] = handle
 
 
 def speculation_of(model: Any) -> Speculation:
@@ -225,6 +242,7 @@ def _route(
     max_length = getattr(stopping_criteria, "max_length", None) or 2**31
     reason = "synced_gpus" if synced_gpus else None
     reason = reason or capabilities.why_plain(model, input_ids, generation_config, model_kwargs, max_length)
+    reason = reason or sampling.why_plain(logits_processor, generation_config, input_ids.shape[0])
     if reason is not None:
         handle.warn_once(f"not speculating: {reason}; running plain generation")
         return base._sample(

@@ -38,7 +38,7 @@ _ROWS_ARE_INDEPENDENT = _IGNORE_IDS | _known(
     processors_of_transformers,
     "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoRepeatNGramLogitsProcessor TopHLogitsWarper "
     "SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
-    "ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor",
+    "ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor WatermarkLogitsProcessor",
 )
 _SIMPLE_CRITERIA = _known(criteria_of_transformers, "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria")
 _ROW_CRITERIA = _SIMPLE_CRITERIA | _known(criteria_of_transformers, "StopStringCriteria")
@@ -84,6 +84,16 @@ FOR_ROW = _by_name(
     }
 )
 """Built-in processors that hold state per row, and the view of them that serves one row alone."""
+
+
+def why_plain(processors: Sequence[Any], generation_config: Any, batch_size: int) -> str | None:
+    """What about the processors of a request belongs to plain decoding; None where it can speculate."""
+    wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+    if batch_size == 1 or not wants_scores or generation_config._eos_token_tensor is None:
+        return None
+    # Plain generate shows such a processor the padding that rows emit after they stopped, and returns what it made of it.
+    unknown = [type(p).__name__ for p in processors if type(p) not in _ROWS_ARE_INDEPENDENT | FOR_ROW.keys()]
+    return f"output_scores of stopped rows after {unknown[0]}, which may keep state" if unknown else None
 
 
 class Uniforms:
@@ -139,9 +149,8 @@ class Policy:
         self.wants_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
         pad = generation_config._pad_token_tensor
         self.pad_token_id = None if pad is None else int(pad)
-        self.max_new_tokens = min(
-            (c.max_length - prompt_ids.shape[1] for c in self.criteria if hasattr(c, "max_length")), default=2**31
-        )
+        limits = [c.max_length for c in self.criteria if isinstance(c, criteria_of_transformers.MaxLengthCriteria)]
+        self.max_new_tokens = min(limits, default=2**31) - prompt_ids.shape[1]
         eos = [c.eos_token_id for c in self.criteria if hasattr(c, "eos_token_id")]
         self.has_eos = bool(eos)
         self.eos_token_ids = {int(token) for ids in eos for token in torch.as_tensor(ids).flatten().tolist()}

@@ -1,1 +1,1 @@
-"""The embedded demo target, and the rule that holds prompts out of its training corpus."""
+"""The embedded demo target and what is shown with it."""

@@ -1,0 +1,76 @@
+"""``specdec COMMAND [Hydra overrides]``: one file per command in ``specdec/commands``, one primary config per command."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from specdec import commands
+from specdec.build import config_dir
+
+_USER_ERRORS = (ValueError, OSError, ImportError, OmegaConfBaseException)
+
+
+def available() -> list[str]:
+    """The commands there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 the command's own verdict (an audit that failed), 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _help(console)
+        sys.exit(0 if arguments else 2)
+    command, overrides = arguments[0], arguments[1:]
+    if command not in available():
+        console.print(f"[red]unknown command {command!r}[/red]; known: {', '.join(available())}")
+        sys.exit(2)
+    run = importlib.import_module(f"specdec.commands.{command}").run
+    # The bar over weights being read is longer than the reading for the models this shows most.
+    disable_progress_bar()
+    sys.argv = [f"specdec {command}", *map(_verbatim, overrides)]
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(run, console))()
+
+
+def _verbatim(override: str) -> str:
+    """Take a prompt as it is typed: Hydra's grammar would read parentheses, commas and colons in it."""
+    key, equals, value = override.partition("=")
+    if key != "prompt" or not equals or value[:1] in ("'", '"'):
+        return override
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
+def _guarded(run: Callable[[DictConfig], Any], console: Console) -> Callable[[DictConfig], Any]:
+    """Show what a user got wrong as one line, and bugs as a traceback."""
+
+    def task(config: DictConfig) -> Any:
+        try:
+            result = run(config)
+        except _USER_ERRORS as error:
+            console.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+            sys.exit(2)
+        if isinstance(result, int) and result:
+            sys.exit(result)
+        return result
+
+    return task
+
+
+def _help(console: Console) -> None:
+    console.print("usage: specdec COMMAND \\[key=value ...]\n")
+    for name in available():
+        summary = (importlib.import_module(f"specdec.commands.{name}").__doc__ or "").strip().splitlines()[0]
+        console.print(f"  [bold]{name:<10}[/bold] {summary}")
+    console.print("\nspecdec COMMAND --help lists its options; key=value overrides any of them (Hydra).")
