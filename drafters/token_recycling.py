@@ -1,11 +1,13 @@
-"""Token Recycling: candidates that an earlier pass computed and threw away become the next draft (Luo et al., 2408.08696).
+"""Token Recycling: candidates that a pass computed and threw away become the next draft (Luo et al., 2408.08696).
 
-An adjacency matrix remembers, for every token, its k most likely successors when it was last seen. The draft is a static
-tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of every pass,
-accepted or not, rewrites its token's row.
+An adjacency matrix remembers, for every token, its k most likely successors when it was last seen. The draft is a
+static
+tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of every
+pass, accepted or not, rewrites its token's row.
 
-Differences from the authors' code, where it falls short of what the method means: prompt positions write rows at prefill
-(theirs throws prefill logits away); duplicates within a pass follow a stated rule instead of scatter order; successors
+Differences from the authors' code, where it falls short of what the method means: prompt positions write rows at
+prefill (theirs throws prefill logits away); duplicates within a pass follow a stated rule instead of scatter order;
+successors
 not seen yet are padding, not token 0; sampling is exact instead of ignored.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
+from specdec.selection import top_k
 from specdec.target import Target
 from specdec.tree import CANDIDATE, PADDING, Template, TokenTree
 
@@ -84,7 +87,9 @@ class TokenRecycling(BaseDrafter):
     ) -> None:
         self.template = Template.from_paths(tree_paths(num_nodes) if paths is None else [tuple(p) for p in paths])
         if self.template.width > num_successors:
-            raise ValueError(f"the tree asks for {self.template.width} successors of a node; num_successors={num_successors}")
+            raise ValueError(
+                f"the tree asks for {self.template.width} successors of a node; num_successors={num_successors}"
+            )
         self.num_successors = num_successors
         self.needs = Needs(prompt_top_k=num_successors, max_nodes=self.template.num_nodes)
         self.matrix: Tensor | None = None
@@ -131,10 +136,10 @@ class TokenRecycling(BaseDrafter):
         role = torch.where(filled >= 0, CANDIDATE, PADDING)
         return TokenTree(filled.clamp(min=0), topology, role, sources=(self.name,), rank=template.ranks[None])
 
-    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
-        """Every node rewrites its token's row. Duplicates: accepted nodes first, then the shallowest, then the first."""
+    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002
+        """Every node rewrites its row; duplicates: accepted nodes first, then the shallowest, then the first."""
         nodes, device = tree.num_nodes, tree.token_ids.device
-        top_k = verification.logits.topk(self.num_successors).indices
+        successors = top_k(verification.logits, self.num_successors)
         last = verification.last_nodes(device)[:, None, None].expand(-1, 1, nodes)
         on_path = tree.topology.ancestors.expand(tree.batch_size, -1, -1).gather(1, last).squeeze(1)
         depths = tree.topology.depths
@@ -146,10 +151,10 @@ class TokenRecycling(BaseDrafter):
             rows = zip(verification.path, verification.finished, strict=True)
             emitted = torch.tensor([len(path) if done else nodes for path, done in rows], device=device)
             worth = torch.where(depths < emitted[:, None], worth, -1)
-        self._learn(tree.token_ids, top_k, worth)
+        self._learn(tree.token_ids, successors, worth)
 
-    def _learn(self, tokens: Tensor, top_k: Tensor, worth: Tensor) -> None:
-        """Write ``top_k [B, T, k]`` to the rows of ``tokens [B, T]``: the worthiest duplicate wins, negative worth never."""
+    def _learn(self, tokens: Tensor, successors: Tensor, worth: Tensor) -> None:
+        """``successors [B, T, k]`` to the rows of ``tokens [B, T]``; the worthiest duplicate wins, below 0 none."""
         assert self.matrix is not None
         spare, count = self.matrix.shape[0] - 1, tokens.numel()
         index = torch.arange(count, device=tokens.device)
@@ -160,7 +165,7 @@ class TokenRecycling(BaseDrafter):
         best = torch.full((spare + 1,), -1, device=tokens.device).scatter_reduce_(0, tokens, entry, "amax")
         winner = count - 1 - best[tokens] % count
         # All duplicates write the winner's row, so the order of the scatter does not matter.
-        self.matrix[tokens] = top_k.reshape(count, -1)[winner]
+        self.matrix[tokens] = successors.reshape(count, -1)[winner]
         self.matrix[spare] = -1
 
     def reset(self) -> None:

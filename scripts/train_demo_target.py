@@ -5,6 +5,7 @@ format where there is a docstring, plain text otherwise). A run is resumed from 
 by step ``s`` are a pure function of the seed and ``s``, so a resumed run sees what an uninterrupted one would have.
 
     python scripts/train_demo_target.py --steps 2000      # train, or go on; then export
+    torchrun --nproc-per-node 2 scripts/train_demo_target.py --steps 2000      # the same with two processes
     python scripts/train_demo_target.py --export          # write the newest checkpoint into the package
     python scripts/train_demo_target.py --evaluate        # held-out losses, share of loops, samples
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -142,6 +144,8 @@ class Run:
 
     def save(self) -> None:
         """Replace the checkpoint; a kill at any moment leaves the old or the new one whole."""
+        if not is_main():
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -203,7 +207,8 @@ def train(run: Run, steps: int, gsm8k: Path, save_every: float) -> None:
     while run.step < steps and not run.stop:
         # Attention is the dearest part on a CPU: short rows in the stable phase, long ones in the decay.
         length = recipe.stable_len if run.step < stable_end else recipe.decay_len
-        sums += training_step(run, losses_of, batch_at(run.step, length, streams, recipe))
+        batch = own_share(batch_at(run.step, length, streams, recipe))
+        sums += training_step(run, losses_of, batch)
         run.step, logged, now = run.step + 1, logged + 1, time.monotonic()
         run.seconds = seconds_before + now - started
         if run.step % 20 == 0 or run.step == steps:
@@ -220,6 +225,28 @@ def train(run: Run, steps: int, gsm8k: Path, save_every: float) -> None:
     run.save()
 
 
+def is_main() -> bool:
+    """Whether this process writes the files: the only one, or the first of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def own_share(batch: Tensor) -> Tensor:
+    """The rows of a batch that this process trains on: its share of each domain, [rows / processes, length + 1]."""
+    if not dist.is_initialized():
+        return batch
+    by_domain = batch.view(len(DOMAINS), -1, batch.shape[-1])
+    return by_domain.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].flatten(0, 1).contiguous()
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each float32 tensor by its mean over all processes, in one exchange."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def training_step(run: Run, losses_of: Callable[[LlamaForCausalLM, Tensor], Tensor], batch: Tensor) -> Tensor:
     """One update; the mean loss of each domain, float32 [domains]."""
     scale = lr_scale(run.step, run.steps, run.recipe)
@@ -227,11 +254,15 @@ def training_step(run: Run, losses_of: Callable[[LlamaForCausalLM, Tensor], Tens
         optimizer.param_groups[0]["lr"] = base * scale
     losses = losses_of(run.model, batch)
     losses.mean().backward()
+    report = torch.tensor([*losses.detach().view(len(DOMAINS), -1).mean(1), float(run.stop)])
+    if dist.is_initialized():
+        average_over_processes([*(p.grad for p in run.model.parameters() if p.grad is not None), report])
+    run.stop = report[-1].item() > 0  # Told to one process, a stop must end all of them at the same step.
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip_norm)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return losses.detach().view(len(DOMAINS), -1).mean(1)
+    return report[:-1]
 
 
 def export(run: Run, target: Path) -> None:
@@ -307,8 +338,12 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="only evaluate --target")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(args.work / "train.log")]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
+    logging.basicConfig(
+        level=logging.INFO if is_main() else logging.WARNING, format="%(asctime)s %(message)s", handlers=handlers
+    )
     recipe, gsm8k = Recipe(), find_gsm8k(args.gsm8k)
     if args.evaluate:
         evaluate(args.target, recipe, gsm8k)
@@ -316,8 +351,10 @@ def main() -> None:
     run = open_run(args.work, recipe, gsm8k, resume=args.resume)
     if not args.export:
         train(run, args.steps, gsm8k, args.save_every)
-    if args.export or not run.stop:
+    if is_main() and (args.export or not run.stop):
         export(run, args.target)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

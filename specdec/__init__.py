@@ -1,4 +1,4 @@
-"""specdec: speculative decoding with token trees for any Hugging Face decoder; the output is exactly the target's own."""
+"""specdec: speculative decoding with token trees for any Hugging Face decoder; the output is the target's own."""
 
 from specdec.build import speculate
 from specdec.generation import restore, speculation_of

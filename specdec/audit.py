@@ -2,8 +2,9 @@
 
 In float32 both are the same, token for token. In half precision a pass over several tokens rounds otherwise than a pass
 over one, so a near-tie may flip, with or without a drafter. The audit therefore measures a control on the same prompts:
-plain text scored step by step and again in one block, no drafter involved. A token that is not the target's argmax under
-teacher forcing is a *near-tie* where its gap is within what the control's rounding explains, a *mismatch* otherwise.
+plain text scored step by step and again in one block, no drafter involved. A token that is not the target's argmax
+under teacher forcing is a *near-tie* where its gap is within what the control's rounding explains, a *mismatch*
+otherwise.
 
 Shapes: P prompt tokens, T emitted tokens, V vocabulary. Gaps are differences of log-probabilities, in nats.
 """
@@ -139,15 +140,15 @@ def _row(model: Any, prompt_length: int, text: Tensor, steps: Tensor, ours: Tens
     if at is None:
         return Row(None, _worst_gap(block, our_tokens), rounding, flips)
     forced = teacher_forced(model, ours, prompt_length)
-    pair = [tokens[at] if at < len(tokens) else -1 for tokens in (plain_tokens, our_tokens)]
+    theirs, mine = (tokens[at] if at < len(tokens) else -1 for tokens in (plain_tokens, our_tokens))
     # Up to here the texts agree, so plain's own step-by-step logits judge the choice.
-    gap = float(steps[at, pair[0]] - steps[at, pair[1]]) if min(pair) >= 0 and at < len(steps) else float("inf")
-    return Row(Divergence(at, *pair, gap), _worst_gap(forced, our_tokens), rounding, flips)
+    gap = float(steps[at, theirs] - steps[at, mine]) if min(theirs, mine) >= 0 and at < len(steps) else float("inf")
+    return Row(Divergence(at, theirs, mine, gap), _worst_gap(forced, our_tokens), rounding, flips)
 
 
 @torch.no_grad()
 def teacher_forced(model: Any, text: Tensor, prompt_length: int) -> Tensor:
-    """Log-probabilities float32 ``[T, V]`` that precede each emitted token of ``text [1, P+T]``, scored in one block."""
+    """Log-probabilities float32 ``[T, V]`` before each emitted token of ``text [1, P+T]``, scored in one block."""
     logits = model(input_ids=text[:, :-1], use_cache=False, return_dict=True).logits
     return logits[0, prompt_length - 1 :].float().log_softmax(-1)
 

@@ -64,7 +64,9 @@ def build(config: Mapping[str, Any]) -> Any:
     config = dict(config)
     name = config.get("_target_")
     if not isinstance(name, str) or not name.startswith(_ALLOWED):
-        raise ValueError(f"_target_ must name a class or function in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}")
+        raise ValueError(
+            f"_target_ must name a class or function in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}"
+        )
     made = get_object(name)
     known = inspect.signature(made).parameters
     unknown = [key for key in config if key not in known and not key.startswith("_")]
@@ -86,7 +88,7 @@ def check_owners() -> None:
 
             owners = ", ".join(packages_distributions().get(name, [])) or "unknown"
             raise ImportError(
-                f"the package {name!r} at {getattr(module, '__file__', None)} is not specdec's (distribution: {owners}); "
+                f"the package {name!r} at {module.__file__} is not specdec's (distribution: {owners}); "
                 "uninstall it or use a separate environment"
             )
 

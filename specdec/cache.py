@@ -1,8 +1,9 @@
 """TreeCache: K/V of committed tokens and of the tree under verification, in preallocated slabs.
 
-Row b's committed tokens lie in slots ``0..P_b-1``; there is no left padding, so rows are ragged. A pass says which slots
-it writes and how far it sees; a skipped attention simply writes nothing, so layers keep no counters. After a pass the rows
-of the accepted path are moved down in place.
+Row b's committed tokens lie in slots ``0..P_b-1``; there is no left padding, so rows are ragged. A pass says which
+slots it writes and how far it sees; a skipped attention simply writes nothing, so layers keep no counters. After a
+pass the
+rows of the accepted path are moved down in place.
 
 Shapes: B rows, Hkv key/value heads, D head size, N nodes, P committed tokens, K slots a pass sees.
 """
@@ -64,7 +65,7 @@ class TreeLayer(CacheLayerMixin):
         self.keys = self._key_place[0].storage[self._key_place[1]]
         self.values = self._value_place[0].storage[self._value_place[1]]
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("a TreeLayer is filled from a prefilled cache and never starts empty")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -100,19 +101,23 @@ class TreeCache(Cache):
         slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
     """
 
-    def __init__(self, prefilled: DynamicCache, padding: Sequence[int], reserve: int, release: bool = False) -> None:
+    def __init__(self, prefilled: DynamicCache, mask: Tensor | None, reserve: int, release: bool = False) -> None:
         """Gather the prompt of every row into slots ``0..P_b-1``.
 
         Args:
-            prefilled: cache after the prefill, columns left-padded by ``padding``.
-            padding: left padding of each row, in columns.
+            prefilled: cache after the prefill, columns left-padded.
+            mask: bool ``[B, columns]``, false for padding (PEFT puts its virtual tokens in front of it); None = no padding.
             reserve: slots to have at least.
             release: let go of each prefilled layer once it is copied (nobody else holds the cache).
         """
-        self.padding = list(padding)
         self.columns = prefilled.get_seq_length()
+        batch = prefilled.layers[0].keys.shape[0]
+        real = torch.ones(batch, self.columns, dtype=torch.bool) if mask is None else mask
+        self._real = [row.nonzero().squeeze(-1) for row in real]
+        self.padding = [self.columns - len(columns) for columns in self._real]
         self.capacity = _bucket(max(reserve, self.columns))
-        self.span, self.width, self.slots = self.columns, 0, 0
+        self.span, self.width = self.columns, 0
+        self.slots: int | Tensor = 0
         self._slabs: list[_Slab] = []
         super().__init__(layers=self._allocate(prefilled))
         for source, layer in zip(prefilled.layers, self.layers, strict=True):
@@ -123,7 +128,9 @@ class TreeCache(Cache):
     def _allocate(self, prefilled: DynamicCache) -> list[TreeLayer]:
         tensors = [tensor for layer in prefilled.layers for tensor in (layer.keys, layer.values)]
         kinds = [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in tensors]
-        slabs = {kind: _Slab(tensors[kinds.index(kind)], kinds.count(kind), self.capacity) for kind in dict.fromkeys(kinds)}
+        slabs = {
+            kind: _Slab(tensors[kinds.index(kind)], kinds.count(kind), self.capacity) for kind in dict.fromkeys(kinds)
+        }
         used = dict.fromkeys(slabs, 0)
         places = []
         for kind in kinds:
@@ -135,12 +142,11 @@ class TreeCache(Cache):
     def _load(self, source: DynamicLayer, layer: TreeLayer) -> None:
         # A windowed layer keeps its newest columns only; what it dropped no window can see any more.
         first = self.columns - source.keys.shape[2]
-        for row, pad in enumerate(self.padding):
-            start = max(first - pad, 0)
-            kept = slice(max(pad - first, 0), None)
-            end = self.columns - pad
-            layer.keys[row, :, start:end] = source.keys[row, :, kept]
-            layer.values[row, :, start:end] = source.values[row, :, kept]
+        for row, columns in enumerate(self._real):
+            kept = columns[columns >= first].to(source.keys.device) - first
+            slots = slice(len(columns) - len(kept), len(columns))
+            layer.keys[row, :, slots] = source.keys[row][:, kept]
+            layer.values[row, :, slots] = source.values[row][:, kept]
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` slots; called between passes only."""

@@ -16,7 +16,7 @@ from specdec.cache import TreeCache, can_branch
 from specdec.interfaces import Context
 from specdec.target import Target
 from specdec.tree import Template, TokenTree
-from specdec.visibility import KNOWN_LAYER_TYPES
+from specdec.visibility import FULL, KNOWN_LAYER_TYPES, AttentionKinds
 
 SUPPORTED_TRANSFORMERS = ">= 5.17"
 _PRIVATE_NAMES = ("_sample", "_prefill", "_update_model_kwargs_for_generation", "_optimize_model_for_decode")
@@ -35,8 +35,8 @@ def check_transformers(model: Any) -> None:
         import transformers
 
         raise ImportError(
-            f"specdec needs transformers {SUPPORTED_TRANSFORMERS}; {transformers.__version__} has no {', '.join(missing)} "
-            f"on {type(model).__name__}"
+            f"specdec needs transformers {SUPPORTED_TRANSFORMERS}; {transformers.__version__} has no "
+            f"{', '.join(missing)} on {type(model).__name__}"
         )
 
 
@@ -68,8 +68,8 @@ def why_not(model: Any) -> str | None:
 def check(target: Target) -> None:
     """Compare a six-node tree with its root-to-leaf paths on the loaded weights.
 
-    Both the reference (every path alone, no cache, the model's own masks) and a control (the same paths decoded token by
-    token with transformers' own cache) come from the plain model, so the bound is the model's own rounding.
+    Both the reference (every path alone, no cache, the model's own masks) and a control (the same paths decoded token
+    by token with transformers' own cache) come from the plain model, so the bound is the model's own rounding.
 
     Raises:
         ValueError: the model cannot branch; says what is wrong.
@@ -97,13 +97,13 @@ def _why_tree_differs(target: Target) -> str | None:
         tree = target.run(context, TokenTree(nodes, template.topology)).logits[0].float()
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         return f"the tree pass failed ({type(error).__name__}: {error})"
-    error = (tree - reference).abs().amax(-1)
+    difference = (tree - reference).abs().amax(-1)
     rounding = (control - reference).abs().amax()
     spread_of_logits = (reference - reference.mean(0)).abs().amax()
     half = torch.finfo(target.dtype).bits < 32
     bound = 10 * rounding + (5e-2 if half else 1e-4) * spread_of_logits
     # Half precision may flip an expert's routing at one node; a wrong mask or position is wrong at most of them.
-    worst = error.median() if half else error.max()
+    worst = difference.median() if half else difference.max()
     if worst <= bound:
         return None
     return f"self-check: tree logits differ from path logits by {float(worst):.2e}, rounding allows {float(bound):.2e}"
@@ -118,7 +118,10 @@ def _paths_alone(target: Target, template: Template, prompt: Tensor, nodes: Tens
         outputs = target.model(input_ids=prompt, use_cache=True, return_dict=True)
         for step in range(prompt.shape[1], ids.shape[1]):
             outputs = target.model(
-                input_ids=ids[:, step : step + 1], past_key_values=outputs.past_key_values, use_cache=True, return_dict=True
+                input_ids=ids[:, step : step + 1],
+                past_key_values=outputs.past_key_values,
+                use_cache=True,
+                return_dict=True,
             )
         stepwise.append(outputs.logits[0, -1])
     return torch.stack(together).float(), torch.stack(stepwise).float()
@@ -127,10 +130,12 @@ def _paths_alone(target: Target, template: Template, prompt: Tensor, nodes: Tens
 def _bare_context(target: Target, prefilled: Any, width: int) -> Context:
     columns = prefilled.get_seq_length()
     template = {"position_ids": torch.tensor([[columns]], device=target.device), "use_cache": True}
-    return Context(TreeCache(prefilled, [0], columns + width), template, [columns], [columns], [2**31])
+    return Context(TreeCache(prefilled, None, columns + width), template, [columns], [columns], [2**31])
 
 
-def why_plain(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], max_length: int) -> str | None:
+def why_plain(
+    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], max_length: int
+) -> str | None:
     """What about a request belongs to plain decoding; None where it can speculate.
 
     Args:
@@ -152,6 +157,10 @@ def why_plain(model: Any, input_ids: Tensor, generation_config: Any, model_kwarg
     if mask is not None and (mask.ndim != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
         return "an attention mask that is not left-padded"
     text = model.config.get_text_config(decoder=True)
+    # PEFT's prompt learning patches this name on the instance.
+    virtual = "prepare_inputs_for_generation" in model.__dict__
+    if virtual and mask is not None and not bool(mask.all()) and set(AttentionKinds.of(text).sizes) != {FULL}:
+        return "padding between virtual tokens and text, which a windowed model counts"
     return _why_positions_switch(text, input_ids.shape[1], max_length)
 
 
@@ -162,7 +171,9 @@ def _why_positions_switch(text: Any, prompt_length: int, max_length: int) -> str
         kind = parameters.get("rope_type")
         if kind not in ("longrope", "dynamic"):
             continue
-        boundary = parameters.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        boundary = parameters.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
         boundary = boundary or text.max_position_embeddings
         if max_length > boundary and not (kind == "longrope" and prompt_length > boundary):
             return f"a text that may cross {boundary} tokens, where {kind} rope switches its frequencies"

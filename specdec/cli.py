@@ -1,9 +1,10 @@
-"""``specdec COMMAND [Hydra overrides]``: one file per command in ``specdec/commands``, one primary config per command."""
+"""``specdec COMMAND [Hydra overrides]``: one file in ``specdec/commands`` and one primary config each."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from specdec import commands
 from specdec.build import config_dir
 
+_PARTS = ("target", "drafter", "verifier", "acceptance")
 _USER_ERRORS = (ValueError, OSError, ImportError, OmegaConfBaseException)
 
 
@@ -39,17 +41,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = importlib.import_module(f"specdec.commands.{command}").run
     # The bar over weights being read is longer than the reading for the models this shows most.
     disable_progress_bar()
-    sys.argv = [f"specdec {command}", *map(_verbatim, overrides)]
+    sys.argv = [f"specdec {command}", *map(_override, overrides)]
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(run, console))()
 
 
-def _verbatim(override: str) -> str:
-    """Take a prompt as it is typed: Hydra's grammar would read parentheses, commas and colons in it."""
-    key, equals, value = override.partition("=")
-    if key != "prompt" or not equals or value[:1] in ("'", '"'):
-        return override
-    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{quoted}'"
+def _override(argument: str) -> str:
+    """Read an override as users mean it.
+
+    A prompt is taken as it is typed (Hydra's grammar would read parentheses, commas and colons in it), and options of a
+    part need no ``+``: YAML lists only what it changes, and ``build`` names the options there are.
+    """
+    key, equals, value = argument.partition("=")
+    if key == "prompt" and equals and value[:1] not in ("'", '"'):
+        escaped = re.sub(r"(\\*)(\'|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+        return f"{key}='{escaped}'"
+    return f"++{argument}" if equals and key.partition(".")[0] in _PARTS and "." in key else argument
 
 
 def _guarded(run: Callable[[DictConfig], Any], console: Console) -> Callable[[DictConfig], Any]:

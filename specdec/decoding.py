@@ -46,7 +46,7 @@ class Request:
 
 @dataclass
 class Step:
-    """What the loop yields: the verification, the tree it was of (None for the prefill) and what the prefill returned."""
+    """What the loop yields: the verification, its tree (None for the prefill) and what the prefill returned."""
 
     verification: Verification
     tree: TokenTree | None
@@ -58,7 +58,9 @@ def decode(
 ) -> Iterator[tuple[DecodeState, Step]]:
     """Decode one request, yielding after every step; the first one is the prefill's token."""
     with stats.phase("prefill"):
-        outputs, prompt = target.prefill(request.input_ids, request.generation_config, request.model_kwargs, drafter.needs)
+        outputs, prompt = target.prefill(
+            request.input_ids, request.generation_config, request.model_kwargs, drafter.needs
+        )
         state = _begin(request, target.device)
         step = verifier.first(target, state, prompt.logits[:, -1])
         _commit(state, step)
@@ -66,10 +68,13 @@ def decode(
     yield state, Step(step, None, prompt)
     with stats.phase("prefill"):
         _open(target, state, request, outputs, drafter.needs.max_nodes)
-        if not state.done:
-            drafter.start(state, _for_drafter(target, drafter, request, prompt))
-    del outputs, prompt
+    if state.done:
+        return
+    assert state.context is not None
     try:
+        with stats.phase("prefill"):
+            drafter.start(state, _for_drafter(target, drafter, request, prompt))
+        del outputs, prompt
         while not state.done:
             with stats.phase("draft"):
                 tree = drafter.propose(state)

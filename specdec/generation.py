@@ -1,7 +1,8 @@
 """The seam into transformers: ``speculate(model)`` makes ``model.generate`` speculate, ``restore(model)`` undoes it.
 
-The model object gets a class of its own that overrides ``_sample``, the method to which greedy decoding and sampling both
-dispatch, and thinly ``generate``. Copies and pickles are plain models; all our state is one plain ``__dict__`` entry.
+The model object gets a class of its own that overrides ``_sample``, the method to which greedy decoding and sampling
+both dispatch, and thinly ``generate``. Copies and pickles are plain models; all our state is one plain ``__dict__``
+entry.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ class Speculation:
             RuntimeError: another request is running on it.
         """
         if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this model is generating already; one speculating model serves one generate() at a time")
+            raise RuntimeError(
+                "this model is generating already; one speculating model serves one generate() at a time"
+            )
         try:
             yield
         finally:
@@ -195,7 +198,9 @@ def _speculating(base: type) -> type:
         handle.entered = False
         result = base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
         if not handle.entered:
-            handle.warn_once("this generation mode does not speculate (beams, an assistant, ...): it ran as transformers does")
+            handle.warn_once(
+                "this generation mode does not speculate (beams, an assistant, ...): it ran as transformers does"
+            )
         return result
 
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -205,7 +210,7 @@ def _speculating(base: type) -> type:
             return _route(self, base, handle, input_ids, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        function, arguments, state, *rest = base.__reduce_ex__(self, protocol)  # type: ignore[misc]
+        function, arguments, state, *rest = cast(Any, base).__reduce_ex__(self, protocol)
         plain = tuple(base if argument is type(self) else argument for argument in arguments)
         return (function, plain, {k: v for k, v in state.items() if k != _KEY}, *rest)
 
@@ -224,7 +229,7 @@ def _speculating(base: type) -> type:
     return type(base.__name__, (base,), body)
 
 
-def _route(
+def _route(  # noqa: PLR0913 - transformers' own keywords
     model: Any,
     base: Any,
     handle: Speculation,
@@ -255,7 +260,8 @@ def _route(
             streamer=streamer,
             **model_kwargs,
         )
-    # One draw from torch's global generator, so that set_seed governs; greedy decoding leaves it untouched, as plain does.
+    # One draw from torch's global generator, so that set_seed governs; greedy decoding leaves it untouched, as plain
+    # does.
     seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else None
     policy = Policy(input_ids, logits_processor, stopping_criteria, generation_config, seed)
     keep_cache = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
@@ -271,4 +277,4 @@ def _padding(input_ids: Tensor, mask: Tensor | None) -> list[int]:
     columns = input_ids.shape[1]
     if mask is None or columns == 0:
         return [0] * input_ids.shape[0]
-    return (columns - mask[:, -columns:].sum(-1)).tolist()
+    return (columns - mask[:, -columns:].long().sum(-1)).tolist()

@@ -173,9 +173,10 @@ class Verification:
 
 @dataclass
 class Walk:
-    """What an acceptance rule decided: ``path [B, D+1]`` padded with -1, and the tokens emitted after each of its nodes.
+    """What an acceptance rule decided: ``path [B, D+1]`` padded with -1, and the token emitted after each node.
 
-    ``tokens [B, D+1]``: entry i is emitted after node ``path[:, i]``; it is the token of ``path[:, i+1]`` where that exists.
+    ``tokens [B, D+1]``: entry i is emitted after node ``path[:, i]``; it is the token of ``path[:, i+1]`` where that
+    exists.
     """
 
     path: Tensor
@@ -198,7 +199,7 @@ class AcceptanceRule(Protocol):
     on_path: bool
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:
-        """The token emitted after a node: scores float32 ``[..., V]``, uniforms ``[...]`` in [0, 1) -> int64 ``[...]``."""
+        """The token emitted after a node: scores ``[..., V]``, uniforms ``[...]`` in [0, 1) -> int64 ``[...]``."""
         ...
 
     def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:

@@ -28,21 +28,26 @@ class Loaded:
             chat: put it into the tokenizer's chat template; None = where there is one.
 
         Raises:
-            ValueError: an empty prompt, no chat template where one is asked for, or a prompt beyond the model's context.
+            ValueError: an empty prompt, no chat template where one is asked for, or a prompt beyond the model's
+                context.
         """
         template = self.tokenizer.chat_template is not None
         if chat and not template:
             raise ValueError(f"the tokenizer of {self.name} has no chat template; use chat=false")
         if template if chat is None else chat:
             messages = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         else:
             ids = self.tokenizer(prompt)["input_ids"]
         if not prompt or not ids:
             raise ValueError("the prompt is empty; expected at least one token")
         context = self.context_length
         if context is not None and len(ids) >= context:
-            raise ValueError(f"the prompt has {len(ids)} tokens; {self.name} reads at most {context} with its answer included")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; {self.name} reads at most {context} with its answer included"
+            )
         return torch.tensor([ids], device=self.model.device)
 
     @property
@@ -54,7 +59,9 @@ class Loaded:
 def demo_target(dtype: str = "bfloat16") -> Loaded:
     """The embedded demo target: a small Llama trained by ``scripts/train_demo_target.py``."""
     if not (DEMO_FOLDER / "config.json").is_file():
-        raise FileNotFoundError(f"the demo target is missing from {DEMO_FOLDER}; make it with scripts/train_demo_target.py")
+        raise FileNotFoundError(
+            f"the demo target is missing from {DEMO_FOLDER}; make it with scripts/train_demo_target.py"
+        )
     return _load(str(DEMO_FOLDER), "demo", dtype)
 
 
@@ -80,7 +87,13 @@ def hf_target(
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"target.path names no folder: {path}; expected one with config.json, or a hub id")
     known = {key: value for key, value in extra.items() if value is not None}
-    return _load(str(Path(path).expanduser()) if path.startswith("~") else path, Path(path).name, dtype, trust_remote_code=trust_remote_code, **known)
+    return _load(
+        str(Path(path).expanduser()) if path.startswith("~") else path,
+        Path(path).name,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        **known,
+    )
 
 
 def _load(path: str, name: str, dtype: str, **options: Any) -> Loaded:
@@ -90,5 +103,7 @@ def _load(path: str, name: str, dtype: str, **options: Any) -> Loaded:
         raise ValueError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
     tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
     tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
+    )
     return Loaded(model.eval(), tokenizer, name)

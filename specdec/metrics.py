@@ -1,8 +1,8 @@
 """Every counter and every definition, with unit and denominator. Reports compute nothing of their own.
 
 Words: a *verification* is one target pass seen by one unfinished row. It offers *drafted* nodes, *accepts* some of them
-along a path and *emits* accepted + 1 tokens (the bonus), all counted after stops. The token of the prefill is emitted by
-no verification.
+along a path and *emits* accepted + 1 tokens (the bonus), all counted after stops. The token of the prefill is emitted
+by no verification.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from specdec.interfaces import Verification
 from specdec.tree import TokenTree
@@ -35,8 +37,10 @@ class SpeculationStats:
         computed_nodes: nodes computed for unfinished rows, roots and feed-only ones included.
         accepted_lengths: accepted draft tokens -> number of verifications.
         offered_at_depth: depth -> verifications whose tree had a candidate at it.
+        reached_at_depth: depth -> those of them that accepted all the depths before it.
         seconds: phase -> seconds of wall clock, draft including what drafters learn afterwards.
-        peak_extra_bytes: most memory held beyond the weights: on CUDA by the allocator, else the bytes of the K/V slabs.
+        peak_extra_bytes: most memory held beyond the weights: on CUDA by the allocator, else the bytes of the K/V
+            slabs.
     """
 
     drafter: str = "none"
@@ -49,6 +53,7 @@ class SpeculationStats:
     computed_nodes: int = 0
     accepted_lengths: Counter[int] = field(default_factory=Counter)
     offered_at_depth: Counter[int] = field(default_factory=Counter)
+    reached_at_depth: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     peak_extra_bytes: int = 0
 
@@ -68,7 +73,9 @@ class SpeculationStats:
             self.drafted_nodes += sum(by_depth)
             self.computed_nodes += tree.num_nodes
             self.accepted_lengths[step.accepted[row]] += 1
-            self.offered_at_depth.update(depth for depth, count in enumerate(by_depth, start=1) if count)
+            depths = [depth for depth, count in enumerate(by_depth, start=1) if count]
+            self.offered_at_depth.update(depths)
+            self.reached_at_depth.update(depth for depth in depths if depth <= step.accepted[row] + 1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -91,12 +98,9 @@ class SpeculationStats:
 
     @property
     def conditional_acceptance_by_depth(self) -> list[float]:
-        """Entry d-1: of the verifications that accepted d-1 tokens and offered depth d at all, the share that accepted d."""
-        rates = []
-        for depth in self._depths():
-            reached = min(self._accepted(depth - 1), self.offered_at_depth[depth])
-            rates.append(self._accepted(depth) / reached if reached else 0.0)
-        return rates
+        """Entry d-1: of the verifications that accepted d-1 tokens and offered depth d, the share that accepted d."""
+        reached = self.reached_at_depth
+        return [self._accepted(depth) / reached[depth] if reached[depth] else 0.0 for depth in self._depths()]
 
     @property
     def tokens_per_second(self) -> float:
@@ -136,6 +140,7 @@ class SpeculationStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.accepted_lengths.update(other.accepted_lengths)
         self.offered_at_depth.update(other.offered_at_depth)
+        self.reached_at_depth.update(other.reached_at_depth)
         for phase, seconds in other.seconds.items():
             self.seconds[phase] += seconds
         self.peak_extra_bytes = max(self.peak_extra_bytes, other.peak_extra_bytes)
@@ -151,13 +156,14 @@ class SpeculationStats:
 
 def _candidates_by_depth(tree: TokenTree) -> list[list[int]]:
     """Per row (one entry where rows agree): number of candidates at depths 1..D."""
-    counts = tree.topology.__dict__.get("_counts")
-    if tree.role is None and counts is not None:
-        return counts
-    depths = tree.topology.depths.expand(tree.batch_size if tree.role is not None else -1, -1)
-    alive = depths > 0 if tree.candidates is None else (depths > 0) & tree.candidates
-    levels = range(1, tree.topology.max_depth + 1)
-    rows = [[int(((row == level) & ok).sum()) for level in levels] for row, ok in zip(depths, alive, strict=True)]
+    topology = tree.topology
+    if tree.role is None and "_counts" in topology.__dict__:
+        return topology.__dict__["_counts"]
+    depths, alive = topology.depths, torch.ones_like(topology.depths)
+    if tree.candidates is not None:
+        depths, alive = depths.expand(tree.batch_size, -1), tree.candidates.long()
+    counts = alive.new_zeros(depths.shape[0], topology.max_depth + 1).scatter_add_(1, depths, alive)
+    rows: list[list[int]] = counts[:, 1:].tolist()
     if tree.role is None:
-        tree.topology.__dict__["_counts"] = rows  # static shapes are counted once
+        topology.__dict__["_counts"] = rows  # static shapes are counted once
     return rows

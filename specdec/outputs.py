@@ -41,8 +41,12 @@ class Recorder:
         config = request.generation_config
         self.as_dict = bool(config.return_dict_in_generate)
         rows = request.input_ids.shape[0]
-        self.scores: list[list[Tensor]] | None = [[] for _ in range(rows)] if self.as_dict and config.output_scores else None
-        self.logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if self.as_dict and config.output_logits else None
+        self.scores: list[list[Tensor]] | None = (
+            [[] for _ in range(rows)] if self.as_dict and config.output_scores else None
+        )
+        self.logits: list[list[Tensor]] | None = (
+            [[] for _ in range(rows)] if self.as_dict and config.output_logits else None
+        )
         self.hidden: list[list[tuple[Tensor, ...]]] | None = (
             [[] for _ in range(rows)] if self.as_dict and config.output_hidden_states else None
         )
@@ -65,6 +69,8 @@ class Recorder:
 
     def result(self, target: Target, state: DecodeState, stats: SpeculationStats) -> Any:
         """What ``_sample`` returns, after the last step."""
+        state.policy.end_together()
+        self._drop_what_was_cut(state)
         self._stream(state, last=True)
         if self.streamer is not None:
             self.streamer.end()
@@ -79,7 +85,10 @@ class Recorder:
         hidden = None
         if self.hidden is not None:
             steps = zip(*self.hidden, strict=True)
-            hidden = (self.prompt_hidden, *(tuple(torch.stack(layer) for layer in zip(*rows, strict=True)) for rows in steps))
+            hidden = (
+                self.prompt_hidden,
+                *(tuple(torch.stack(layer) for layer in zip(*rows, strict=True)) for rows in steps),
+            )
         return SpeculativeOutput(
             sequences=sequences,
             scores=None if self.scores is None else _by_position(self.scores),
@@ -88,6 +97,20 @@ class Recorder:
             past_key_values=self.cache,
             speculation=stats,
         )
+
+    def _drop_what_was_cut(self, state: DecodeState) -> None:
+        for row, text in enumerate(state.policy.outputs):
+            surplus = state.emitted[row] - len(text)
+            if surplus == 0:
+                continue
+            state.emitted[row] = len(text)
+            if state.context is not None:
+                state.context.lengths[row] -= surplus
+            for kept in (self.scores, self.logits):
+                if kept is not None:
+                    del kept[row][len(text) :]
+            if self.hidden is not None:
+                del self.hidden[row][len(text) - 1 :]  # the first token came of the prompt's states
 
     def _record_hidden(self, row: int, layers: tuple[Tensor, ...], nodes: list[int]) -> None:
         assert self.hidden is not None

@@ -1,7 +1,8 @@
 """Running parts of an unmodified model: layer ranges, sub-layer skips, stored states put in, states recorded.
 
-No modelling file is forked and no layer list is swapped (that is silently wrong on several families). Layers outside the
-range get an instance ``forward`` that passes the residual stream through, so the model's own embedding, masks, rotary
+No modelling file is forked and no layer list is swapped (that is silently wrong on several families). Layers outside
+the range get an instance ``forward`` that passes the residual stream through, so the model's own embedding, masks,
+rotary
 tables, final norm, head, soft-cap and scaling all stay in force.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,13 @@ class Router:
     """
 
     def __init__(self, layers: Sequence[nn.Module], head: nn.Module) -> None:
-        self.layers, self.head = layers, head
+        self.layers = layers
+        self.head: Any = head
         self._arity: dict[nn.Module, int | None] = {}
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """During one ordinary forward, learn whether layers and sub-layers return a tensor or a tuple of some length."""
+        """During one ordinary forward, learn whether layers and sub-layers return a tensor or a tuple."""
 
         def note(module: nn.Module, _: Any, output: Any) -> None:
             self._arity[module] = len(output) if isinstance(output, tuple) else None
@@ -111,8 +113,8 @@ class Router:
         """Record the residual stream; one list entry per forward (chunked prefills run several).
 
         Args:
-            taps: int i = what enters layer i (i = number of layers: what leaves the last), ``"final"`` = what the output
-                head receives.
+            taps: int i = what enters layer i (i = number of layers: what leaves the last), ``"final"`` = what the
+                output head receives.
             last_only: the head then sees the last position only, so no prompt-by-vocabulary tensor is made.
         """
         recorded: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
@@ -171,8 +173,8 @@ class Router:
         for module in modules:
             stack.enter_context(_patched(module, self._zeros(module)))
         if not modules:  # opt keeps its two linear maps in the layer itself
-            stack.enter_context(_patched(layer.fc1, lambda hidden: hidden))
-            stack.enter_context(_patched(layer.fc2, torch.zeros_like))
+            stack.enter_context(_patched(cast(nn.Module, layer.fc1), lambda hidden: hidden))
+            stack.enter_context(_patched(cast(nn.Module, layer.fc2), torch.zeros_like))
 
 
 def _children(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:

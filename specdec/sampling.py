@@ -4,7 +4,8 @@ Three ways to ask for p, chosen once per request from the processors and stoppin
 
 - *vectorised*: processors that ignore the ids (temperature, top-k, top-p, ...) take all nodes of a tree at once;
 - *by row*: every other built-in runs lazily along each row's walk, one call per emitted token, on the left-padded ids;
-- *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's sequence of
+- *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's sequence
+of
   calls: the whole batch, one position at a time; rows then advance together, by the shortest.
 
 Shapes: B rows, N nodes, D depth, V vocabulary, W prompt columns.
@@ -31,8 +32,8 @@ def _known(module: Any, names: str) -> frozenset[type]:
 
 _IGNORE_IDS = _known(
     processors_of_transformers,
-    "TemperatureLogitsWarper TopPLogitsWarper TopKLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper "
-    "EtaLogitsWarper SuppressTokensLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization",
+    "TemperatureLogitsWarper TopPLogitsWarper TopKLogitsWarper MinPLogitsWarper TypicalLogitsWarper "
+    "EpsilonLogitsWarper EtaLogitsWarper SuppressTokensLogitsProcessor InfNanRemoveLogitsProcessor LogitNormalization",
 )
 _ROWS_ARE_INDEPENDENT = _IGNORE_IDS | _known(
     processors_of_transformers,
@@ -72,7 +73,11 @@ def _prefix_constrained(processor: Any, row: int) -> Any:
 
 
 def _by_name(table: dict[str, Callable[[Any, int], Any]]) -> dict[type, Callable[[Any, int], Any]]:
-    return {getattr(processors_of_transformers, n): view for n, view in table.items() if hasattr(processors_of_transformers, n)}
+    return {
+        getattr(processors_of_transformers, n): view
+        for n, view in table.items()
+        if hasattr(processors_of_transformers, n)
+    }
 
 
 FOR_ROW = _by_name(
@@ -91,7 +96,8 @@ def why_plain(processors: Sequence[Any], generation_config: Any, batch_size: int
     wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
     if batch_size == 1 or not wants_scores or generation_config._eos_token_tensor is None:
         return None
-    # Plain generate shows such a processor the padding that rows emit after they stopped, and returns what it made of it.
+    # Plain generate shows such a processor the padding that rows emit after they stopped, and returns what it made of
+    # it.
     unknown = [type(p).__name__ for p in processors if type(p) not in _ROWS_ARE_INDEPENDENT | FOR_ROW.keys()]
     return f"output_scores of stopped rows after {unknown[0]}, which may keep state" if unknown else None
 
@@ -108,7 +114,9 @@ class Uniforms:
     """
 
     def __init__(self, batch_size: int, seed: int) -> None:
-        self._generators = [torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63) for row in range(batch_size)]
+        self._generators = [
+            torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63) for row in range(batch_size)
+        ]
         self._drawn = torch.empty(batch_size, 0, dtype=torch.float64)
 
     def take(self, starts: Sequence[int], count: int, device: torch.device) -> Tensor:
@@ -140,7 +148,12 @@ class Policy:
     """
 
     def __init__(
-        self, prompt_ids: Tensor, processors: Sequence[Any], criteria: Sequence[Any], generation_config: Any, seed: int | None
+        self,
+        prompt_ids: Tensor,
+        processors: Sequence[Any],
+        criteria: Sequence[Any],
+        generation_config: Any,
+        seed: int | None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.processors, self.criteria = list(processors), list(criteria)
@@ -182,7 +195,10 @@ class Policy:
     def _groups(self, batch: int) -> list[Group]:
         if self.lock_step or batch == 1:
             return [Group(list(range(batch)), self.processors)]
-        return [Group([row], [FOR_ROW.get(type(p), lambda p, _: p)(p, row) for p in self.processors]) for row in range(batch)]
+        return [
+            Group([row], [FOR_ROW.get(type(p), lambda p, _: p)(p, row) for p in self.processors])
+            for row in range(batch)
+        ]
 
     def warp(self, logits: Tensor) -> Tensor:
         """Scores of all nodes at once: ``[B, N, V]`` -> float32 ``[B, N, V]`` (vectorised requests only)."""
@@ -218,6 +234,18 @@ class Policy:
         """Whether a ``max_time`` has run out (vectorised requests ask once per step)."""
         timed = [c for c in self.criteria if type(c) is criteria_of_transformers.MaxTimeCriteria]
         return any(bool(c(self.prompt_ids, None).any()) for c in timed)
+
+    def end_together(self) -> None:
+        """Cut all rows to the shortest of those that time ran out on, as plain generate leaves them."""
+        if self.lock_step or not self.out_of_time():
+            return
+        others = [c for c in self.criteria if type(c) is not criteria_of_transformers.MaxTimeCriteria]
+        rows = range(self.batch_size)
+        running = [
+            row for row in rows if not any(bool(torch.as_tensor(c(self.ids([row]), None)).any()) for c in others)
+        ]
+        shortest = min((len(self.outputs[row]) for row in running), default=None)
+        self.outputs = [out[:shortest] for out in self.outputs]
 
     def process(self, group: Group, ids: Tensor, logits: Tensor) -> Tensor:
         """One plain call of the group's processors: ids ``[g, T]``, logits ``[g, V]`` -> float32 ``[g, V]``."""

@@ -2,9 +2,11 @@
 
 The prompt is read by transformers' own ``_prefill``; the keyword arguments of every tree pass are those that
 ``prepare_inputs_for_generation`` returned for the first decode step, with ids, positions, mask and cache replaced. So
-embeddings as input, continued caches, chunked prefill, PEFT prompts and vision-language models need no case of their own.
+embeddings as input, continued caches, chunked prefill, PEFT prompts and vision-language models need no case of their
+own.
 
-Shapes: B rows, N nodes of a tree, n nodes of a pass, P_b committed tokens of row b, K slots seen, H hidden, V vocabulary.
+Shapes: B rows, N nodes of a tree, n nodes of a pass, P_b committed tokens of row b, K slots seen, H hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from specdec.cache import TreeCache
 from specdec.interfaces import Context, Needs, Tap
 from specdec.routing import FULL, Route, Router
+from specdec.selection import top_k
 from specdec.tree import TokenTree
 from specdec.visibility import AttentionKinds, attention_masks
 
@@ -45,8 +48,8 @@ class Target:
         ValueError: the decoder layers or the output head cannot be found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.config = self.model.config.get_text_config(decoder=True)
         self.layers = _decoder_layers(self.model, self.config.num_hidden_layers)
         self.router = Router(self.layers, _output_head(self.model))
@@ -125,16 +128,14 @@ class Target:
             template.pop(dropped, None)
         columns = prefilled.get_seq_length()
         mask = template.pop("attention_mask", None)
-        if mask is None:
-            padding = [0] * ids.shape[0]
-        else:
+        if mask is not None:
             assert mask.shape == (ids.shape[0], columns + 1), f"mask {tuple(mask.shape)} for {columns} cached columns"
-            padding = (columns + 1 - mask.sum(-1)).tolist()
+            mask = mask[:, :-1].bool()
         if template.get("position_ids") is None:
             # Such a model counts the columns of its cache, padding included.
             template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
-        lengths = [columns - pad for pad in padding]
-        cache = TreeCache(prefilled, padding, columns + reserve, release)
+        cache = TreeCache(prefilled, mask, columns + reserve, release)
+        lengths = [columns - pad for pad in cache.padding]
         return Context(cache, template, lengths, list(lengths), [0] * len(lengths))
 
     def run(
@@ -148,8 +149,8 @@ class Target:
     ) -> PassOutput:
         """One pass over (a stretch of) a tree. Nodes see the committed tokens, their ancestors and themselves.
 
-        Self-drafters run a growing tree level by level: ``nodes`` is the newest stretch, K/V of the earlier nodes stand in
-        the slots that their own pass wrote.
+        Self-drafters run a growing tree level by level: ``nodes`` is the newest stretch, K/V of the earlier nodes
+        stand in the slots that their own pass wrote.
 
         Args:
             context: the request.
@@ -166,7 +167,9 @@ class Target:
             return PassOutput(outputs.logits, {}, outputs.get("hidden_states"))
         with self.router.route(route, states), self.router.taps(taps) as recorded:
             outputs = self.model(**inputs, return_dict=True)
-        return PassOutput(outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states"))
+        return PassOutput(
+            outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states")
+        )
 
     def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
         """Commit the nodes of each row's path: their K/V moves down to the first free slots, in place."""
@@ -197,7 +200,7 @@ class Target:
 
     def top_k(self, states: Tensor, k: int) -> Tensor:
         """Ids of the k most likely successors of final states ``[B, T, H]`` -> int64 ``[B, T, k]``, head in chunks."""
-        return torch.cat([self.head(part).topk(k).indices for part in states.split(_HEAD_CHUNK, dim=1)], dim=1)
+        return torch.cat([top_k(self.head(part), k) for part in states.split(_HEAD_CHUNK, dim=1)], dim=1)
 
     def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int) -> dict[str, Any]:
         """Keyword arguments of a pass over nodes ``[start, stop)``."""
@@ -237,7 +240,7 @@ def _decoder_layers(model: Any, count: int) -> Sequence[nn.Module]:
     for module in (decoder, *decoder.modules()):
         for _, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
-                return child
+                return list(child)
     raise ValueError(f"{type(model).__name__}: found no list of {count} decoder layers to run a tree through")
 
 

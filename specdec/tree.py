@@ -112,7 +112,7 @@ class Draws:
 
 @dataclass
 class TokenTree:
-    """A tree of proposed tokens for every row of a batch. Node 0 is the last committed token: its K/V is not cached yet.
+    """A tree of proposed tokens for every row of a batch. Node 0 is the last committed token, not cached yet.
 
     Sibling candidates hold distinct tokens.
 
@@ -163,12 +163,23 @@ class TokenTree:
         assert self.token_ids.dtype == torch.int64 and self.topology.num_nodes == self.num_nodes
         assert bool((parents[:, 0] == 0).all()) and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
         assert bool((self.token_ids >= 0).all()), "absence is a role, never a token id"
-        assert self.topology.max_depth == int(self.topology.depths.max())
+        assert parents.shape[0] in (1, self.batch_size), "one shape for all rows, or one per row"
+        assert self.topology.max_depth == _longest_walk(parents), "the builder knows the depth of its deepest node"
         candidate = self.candidates
         alive = torch.ones_like(self.token_ids, dtype=torch.bool) if candidate is None else candidate
-        same = (self.parents[:, :, None] == self.parents[:, None]) & (self.token_ids[:, :, None] == self.token_ids[:, None])
+        same = (self.parents[:, :, None] == self.parents[:, None]) & (
+            self.token_ids[:, :, None] == self.token_ids[:, None]
+        )
         same &= alive[:, :, None] & alive[:, None] & (nodes[:, None] != nodes) & (nodes > 0) & (nodes[:, None] > 0)
         assert not bool(same.any()), "sibling candidates hold distinct tokens"
+
+
+def _longest_walk(parents: Tensor) -> int:
+    """Steps from the deepest node to the root, by walking; ``Topology.max_depth`` is what others believe instead."""
+    node, steps = torch.arange(parents.shape[1], device=parents.device).expand_as(parents), 0
+    while bool((node > 0).any()):
+        node, steps = parents.gather(1, node), steps + 1
+    return steps
 
 
 @lru_cache(maxsize=512)
@@ -209,7 +220,9 @@ class Template:
         for path in ordered:
             if path in index or not path:
                 raise ValueError(f"a tree names each node once; got {list(path)} {'twice' if path else '(the root)'}")
-            missing = next((p for p in (path[:-1], (*path[:-1], path[-1] - 1)) if p[-1:] != (-1,) and p not in index), None)
+            missing = next(
+                (p for p in (path[:-1], (*path[:-1], path[-1] - 1)) if p[-1:] != (-1,) and p not in index), None
+            )
             if missing is not None:
                 raise ValueError(f"path {list(path)} needs {list(missing)} in the tree too; trees are closed under it")
             index[path] = len(parents)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 from drafters.base import BaseDrafter
+from specdec.generation import unwrap
 from specdec.interfaces import DecodeState, Needs
 from specdec.tree import CANDIDATE, PADDING, TokenTree, chain
 
@@ -95,23 +96,27 @@ def prompt(batch: int = 1) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def run(name: str, arguments: dict[str, Any], told: Sequence[Sequence[int]] = ((),), seed: int = 0) -> Any:
-    """``generate`` of the model of that name on fresh copies of stateful arguments; drafters start empty.
+def ask(chosen: Any, arguments: dict[str, Any], told: Sequence[Sequence[int]] = ((),), seed: int = 0) -> Any:
+    """``generate`` of a model on fresh copies of stateful arguments; a drafter starts empty.
 
     Args:
-        name: ``"plain"`` or a drafter.
+        chosen: a model, plain or speculating.
         arguments: of generate.
         told: what the oracle knows of each row's new text.
         seed: of torch's global generator.
     """
-    chosen = model(name)
-    if name != "plain":
+    if "speculation" in dir(type(unwrap(chosen))):
         handle = specdec.speculation_of(chosen)
         handle.reset()
-        if name == "oracle":
-            handle.drafter.texts = [list(text) for text in told]  # type: ignore[attr-defined]
+        if isinstance(handle.drafter, Oracle):
+            handle.drafter.texts = [list(text) for text in told]
     torch.manual_seed(seed)
     return chosen.generate(**{key: copy.deepcopy(value) for key, value in arguments.items()})
+
+
+def run(name: str, arguments: dict[str, Any], told: Sequence[Sequence[int]] = ((),), seed: int = 0) -> Any:
+    """``ask`` the tiny llama of that name."""
+    return ask(model(name), arguments, told, seed)
 
 
 def new_text(result: Any, arguments: dict[str, Any]) -> list[list[int]]:
@@ -121,10 +126,29 @@ def new_text(result: Any, arguments: dict[str, Any]) -> list[list[int]]:
     return sequences[:, 0 if ids is None else ids.shape[1] :].tolist()
 
 
-def assert_same(drafter: str, arguments: dict[str, Any], reference: str = "plain", seed: int = 0) -> Any:
-    """The drafter's text equals the reference's, token for token; returns the text, ``[B, T]``."""
+def assert_same(
+    arguments: dict[str, Any], drafters: Sequence[str] = DRAFTERS, reference: str = "plain", seed: int = 0
+) -> Tensor:
+    """Every drafter's text equals the reference's, token for token; returns the whole text, ``[B, T]``."""
     expected = run(reference, arguments, seed=seed)
-    got = run(drafter, arguments, told=new_text(expected, arguments), seed=seed)
-    assert type(got) is type(expected)
-    assert got.tolist() == expected.tolist()
-    return got
+    told = new_text(expected, arguments)
+    for drafter in drafters:
+        got = run(drafter, arguments, told, seed)
+        assert type(got) is type(expected), drafter
+        assert got.tolist() == expected.tolist(), drafter
+    return expected
+
+
+def assert_same_on(chosen: Any, arguments: dict[str, Any], drafters: Sequence[str] = DRAFTERS[1:]) -> Tensor:
+    """Like ``assert_same`` on a model of the test's own, which is plain again afterwards."""
+    expected = ask(chosen, arguments)
+    told = new_text(expected, arguments)
+    for drafter in drafters:
+        specdec.speculate(chosen, Oracle() if drafter == "oracle" else drafter)
+        try:
+            assert ask(chosen, arguments, told).tolist() == expected.tolist(), drafter
+            if drafter == "oracle":
+                assert specdec.speculation_of(chosen).stats.mean_accepted_tokens > 1.5
+        finally:
+            specdec.restore(chosen)
+    return expected

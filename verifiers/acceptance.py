@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.interfaces import Walk
+from specdec.selection import argmax
 from specdec.tree import TokenTree
 
 
@@ -42,7 +43,7 @@ class Greedy:
     on_path = True
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's signature
-        return scores.argmax(-1)
+        return argmax(scores)
 
     def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
         return follow(tree, self.select(scores, uniforms))
@@ -52,8 +53,8 @@ class TargetSampling:
     """Draw y ~ p at the node; if a child holds y go there, else stop and emit that same y.
 
     Exact for every tree that was built without looking at these uniforms and whose siblings are distinct; a node is
-    accepted with the probability p gives its path, the upper bound for a fixed tree. The draw is by inverse CDF in token
-    order, so equal uniforms give equal tokens whatever the tree.
+    accepted with the probability p gives its path, the upper bound for a fixed tree. The draw is by inverse CDF in
+    token order, so equal uniforms give equal tokens whatever the tree.
     """
 
     name = "target_sampling"

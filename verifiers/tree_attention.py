@@ -56,8 +56,8 @@ class TreeVerifier:
         else:
             if not rule.on_path:
                 raise ValueError(
-                    f"acceptance rule {rule.name!r} needs p off the walk, which {policy.needs_ids or 'a stopping criterion'} "
-                    "cannot give; use the default rule with it"
+                    f"acceptance rule {rule.name!r} needs p off the walk, which "
+                    f"{policy.needs_ids or 'a stopping criterion'} cannot give; use the default rule with it"
                 )
             step = _walk_lazily(rule, state, tree, output.logits, uniforms)
         step.states, step.hidden_states = output.states, output.hidden_states
@@ -75,7 +75,7 @@ class TreeVerifier:
         paths, tokens, finished = [], [], []
         for row, values in enumerate(rows):
             if state.finished[row]:
-                emitted, stop = [], True
+                emitted, stop = list[int](), True
             else:
                 length = next((i for i, node in enumerate(values[:width]) if node < 0), width)
                 emitted, stop = policy.cut(row, values[width : width + length])
@@ -93,7 +93,9 @@ def _walk_lazily(
 ) -> Verification:
     """Call processors and criteria once per emitted token, in plain's order, while following the tree."""
     batch = state.batch_size
-    step = Verification([[] for _ in range(batch)], [[] for _ in range(batch)], list(state.finished), list(state.finished), logits)
+    step = Verification(
+        [[] for _ in range(batch)], [[] for _ in range(batch)], list(state.finished), list(state.finished), logits
+    )
     if state.policy.wants_scores:
         step.scores = [logits.new_empty(0, logits.shape[-1], dtype=torch.float32) for _ in range(batch)]
     children = _children(tree)
@@ -120,7 +122,9 @@ def _walk_group(
         chosen = rule.select(scores, None if uniforms is None else uniforms[rows, depth].to(ids.device))
         emitted = chosen.tolist()
         if policy.has_eos:
-            emitted = [policy.pad_token_id or 0 if done else token for token, done in zip(emitted, stopped, strict=True)]
+            emitted = [
+                policy.pad_token_id or 0 if done else token for token, done in zip(emitted, stopped, strict=True)
+            ]
         ids = torch.cat([ids, torch.tensor(emitted, device=ids.device)[:, None]], dim=1)
         now = policy.stops(ids, scores)
         for index, row in enumerate(rows):
@@ -130,7 +134,9 @@ def _walk_group(
                 if step.scores is not None:
                     step.scores[row] = torch.cat([step.scores[row], scores[index : index + 1]])
         stopped = _stop(policy, step, rows, [old or new for old, new in zip(stopped, now, strict=True)])
-        following = [children[row].get(node, {}).get(token) for row, node, token in zip(rows, nodes, emitted, strict=True)]
+        following = [
+            children[row].get(node, {}).get(token) for row, node, token in zip(rows, nodes, emitted, strict=True)
+        ]
         if all(stopped) or any(n is None for n, row in zip(following, rows, strict=True) if not step.finished[row]):
             return
         nodes = [node if following[index] is None else following[index] for index, node in enumerate(nodes)]  # type: ignore[misc]
@@ -138,7 +144,8 @@ def _walk_group(
 
 
 def _stop(policy: Policy, step: Verification, rows: list[int], stopped: list[bool]) -> list[bool]:
-    # A stopped row pads where there is an EOS criterion; without one it goes on with real tokens until all have stopped.
+    # A stopped row pads where there is an EOS criterion; without one it goes on with real tokens until all have
+    # stopped.
     for row, done in zip(rows, stopped, strict=True):
         policy.stopped[row] = done
         step.finished[row] = done and (policy.has_eos or all(stopped))

@@ -44,7 +44,9 @@ class Session:
         temperature = self.config.get("temperature") or 0
         options: dict[str, Any] = {"max_new_tokens": self.config["max_new_tokens"], "do_sample": temperature > 0}
         if temperature > 0:
-            options |= {key: self.config[key] for key in ("temperature", "top_k", "top_p") if self.config.get(key) is not None}
+            options |= {
+                key: self.config[key] for key in ("temperature", "top_k", "top_p") if self.config.get(key) is not None
+            }
         return options
 
     def generate(self, ids: Tensor, **extra: Any) -> Any:

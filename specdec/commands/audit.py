@@ -1,4 +1,4 @@
-"""Is the output really the target's own? Plain against speculative text on a set of prompts, with a rounding control."""
+"""Is the output really the target's own? Plain against speculative text, with a rounding control."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def run(config: DictConfig) -> int:
     ids = [session.loaded.encode(prompt, config.chat) for prompt in session.prompts()]
     result = _run(session, track(ids, "auditing", console=Console(stderr=True), transient=True))
     stats = speculation_of(session.model).stats
-    table = Table(title=f"audit of {stats.drafter} on {session.loaded.name}, {session.model.dtype}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"audit of {stats.drafter} on {session.loaded.name}, {session.model.dtype}",
+        title_justify="left",
+        show_header=False,
+    )
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("rows", str(len(result.rows)))
@@ -38,12 +42,19 @@ def run(config: DictConfig) -> int:
     table.add_row("positions that flip in the control, no drafter involved", str(result.control_flips))
     table.add_row("mean accepted tokens", f"{stats.mean_accepted_tokens:.2f}")
     console.print(table)
-    for line in verdict(result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"):
+    for line in verdict(
+        result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"
+    ):
         console.print(line)
     if not stats.lossless:
         console.print("[yellow]the acceptance rule is lossy by design[/yellow]")
     if config.output is not None:
-        report = {**result.as_dict(), "drafter": stats.drafter, "target": session.loaded.name, "dtype": str(session.model.dtype)}
+        report = {
+            **result.as_dict(),
+            "drafter": stats.drafter,
+            "target": session.loaded.name,
+            "dtype": str(session.model.dtype),
+        }
         Path(config.output).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 1 if result.mismatches else 0
 

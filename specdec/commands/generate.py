@@ -58,10 +58,14 @@ def _compare(session: Session, console: Console, ids: list[Tensor]) -> int:
         ours.append(text)
     console.print(comparison(plain_seconds, seconds, (tokens[0], tokens[1]), handle.stats))
     if session.options()["do_sample"]:
-        console.print("sampled texts follow the same law but differ from plain's: the random numbers are drawn otherwise")
+        console.print(
+            "sampled texts follow the same law but differ from plain's: the random numbers are drawn otherwise"
+        )
         return 0
     result = _audit(session, ids, plain, ours)
-    for line in verdict(result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"):
+    for line in verdict(
+        result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"
+    ):
         console.print(line)
     return 1 if result.mismatches and handle.stats.lossless else 0
 

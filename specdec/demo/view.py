@@ -77,7 +77,7 @@ def legend(drafter: str) -> Text:
 
 
 def comparison(plain_seconds: float, seconds: float, tokens: tuple[int, int], stats: SpeculationStats) -> Table:
-    """The table under a demo: ``tokens`` emitted plainly and speculatively, ``seconds`` of wall clock without printing."""
+    """The table under a demo: ``tokens`` emitted plainly and speculatively, wall clock without printing."""
     table = Table(title="model.generate, plain and speculative, same prompts", title_justify="left")
     for name in ("", "plain", stats.drafter):
         table.add_column(name, justify="right" if name else "left")
@@ -94,16 +94,20 @@ def comparison(plain_seconds: float, seconds: float, tokens: tuple[int, int], st
 def verdict(audit: Any, decode: Any) -> Sequence[Text]:
     """Lines that say whether the texts are identical, and where they part if not; ``decode`` turns an id into text."""
     rows = len(audit.rows)
-    lines = [Text(f"identical texts: {audit.identical} of {rows}", style="bold green" if audit.identical == rows else "bold")]
+    lines = [
+        Text(f"identical texts: {audit.identical} of {rows}", style="bold green" if audit.identical == rows else "bold")
+    ]
     for index, row in enumerate(audit.rows):
         if row.divergence is None:
             continue
         kind = "mismatch" if row in audit.mismatches else "near-tie"
-        pair = " and ".join(repr(decode(token)) for token in (row.divergence.plain_token, row.divergence.speculative_token))
+        pair = " and ".join(
+            repr(decode(token)) for token in (row.divergence.plain_token, row.divergence.speculative_token)
+        )
         lines.append(
             Text(
-                f"  prompt {index + 1}: {kind} at token {row.divergence.position}: {pair}, {row.divergence.gap:.4f} nats apart; "
-                f"rounding explains {audit.bound:.4f} (the same model, block against single scoring)",
+                f"  prompt {index + 1}: {kind} at token {row.divergence.position}: {pair}, {row.divergence.gap:.4f} "
+                f"nats apart; rounding explains {audit.bound:.4f} (the same model, block against single scoring)",
                 style="red" if kind == "mismatch" else "yellow",
             )
         )
