@@ -93,7 +93,7 @@ class TokenRecycling(BaseDrafter):
         self.num_successors = num_successors
         self.needs = Needs(prompt_top_k=num_successors, max_nodes=self.template.num_nodes)
         self.matrix: Tensor | None = None
-        self._saved = None if path is None else torch.load(path, weights_only=True)
+        self._saved: dict[str, Any] | None = None if path is None else torch.load(path, weights_only=True)
 
     def fit(self, target: Target) -> str | None:
         """Allocate ``[V+1, k]`` on the target's device; -1 = never seen, row V swallows what must not be learnt."""
@@ -169,13 +169,16 @@ class TokenRecycling(BaseDrafter):
         self.matrix[spare] = -1
 
     def reset(self) -> None:
-        """Forget every successor."""
+        """Forget every successor, those of a file that was given included."""
+        self._saved = None
         if self.matrix is not None:
             self.matrix.fill_(-1)
 
     def state_dict(self) -> dict[str, Any]:
         """``matrix``: int64 ``[V+1, k]``."""
-        return {} if self.matrix is None else {"matrix": self.matrix.cpu().clone()}
+        if self.matrix is None:
+            return dict(self._saved or {})
+        return {"matrix": self.matrix.cpu().clone()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over a saved matrix.

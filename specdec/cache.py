@@ -106,7 +106,7 @@ class TreeCache(Cache):
 
         Args:
             prefilled: cache after the prefill, columns left-padded.
-            mask: bool ``[B, columns]``, false for padding (PEFT puts its virtual tokens in front of it); None = no padding.
+            mask: bool ``[B, columns]``, false for padding (PEFT puts virtual tokens in front of it); None = no padding.
             reserve: slots to have at least.
             release: let go of each prefilled layer once it is copied (nobody else holds the cache).
         """

@@ -7,6 +7,8 @@ decoding is recognised by ``why_plain``; it runs as transformers does, with one 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,9 +76,25 @@ def check(target: Target) -> None:
     Raises:
         ValueError: the model cannot branch; says what is wrong.
     """
-    reason = why_not(target.model) or _why_tree_differs(target)
+    reason = why_not(target.model)
+    if reason is None:
+        with _no_image_before(target.model):
+            reason = _why_tree_differs(target)
     if reason is not None:
         raise ValueError(f"{target.name} ({target.config.model_type}) cannot run token trees: {reason}")
+
+
+@contextmanager
+def _no_image_before(model: Any) -> Iterator[None]:
+    """Vision-language models remember how far the last request's images moved its text; in the block they do not."""
+    kept = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    for module, _ in kept:
+        module.rope_deltas = None
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
 
 
 @torch.no_grad()

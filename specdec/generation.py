@@ -7,11 +7,12 @@ entry.
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -121,13 +122,10 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
     if reason is not None:
         raise ValueError(f"{type(inner).__name__} ({inner.config.model_type}) cannot run token trees: {reason}")
     target = Target(inner)
-    was_training = inner.training
-    inner.eval()
-    try:
+    # What the drafter allocates outlives a caller's inference mode.
+    with _evaluating(inner), torch.inference_mode(False):
         capabilities.check(target)
         reason = drafter.fit(target)
-    finally:
-        inner.train(was_training)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
@@ -190,13 +188,28 @@ def unwrap(model: Any) -> Any:
     return inner
 
 
-def _speculating(base: type) -> type:
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block no module is in training mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _speculating(base: Any) -> type:
     """A class like ``base`` whose generate speculates."""
 
+    @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle: Speculation = self.__dict__[_KEY]
+        handle: Speculation | None = self.__dict__.get(_KEY)
+        if handle is None:  # a method bound before ``restore``
+            return base.generate(self, *args, **kwargs)
         handle.entered = False
-        result = base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+        result = base.generate(self, *args, **kwargs)
         if not handle.entered:
             handle.warn_once(
                 "this generation mode does not speculate (beams, an assistant, ...): it ran as transformers does"
@@ -210,9 +223,9 @@ def _speculating(base: type) -> type:
             return _route(self, base, handle, input_ids, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        function, arguments, state, *rest = cast(Any, base).__reduce_ex__(self, protocol)
-        plain = tuple(base if argument is type(self) else argument for argument in arguments)
-        return (function, plain, {k: v for k, v in state.items() if k != _KEY}, *rest)
+        # Only the state: pickle would insist on the class of ``self``.
+        _, _, state, *rest = base.__reduce_ex__(self, protocol)
+        return (object.__new__, (base,), {k: v for k, v in state.items() if k != _KEY}, *rest)
 
     def speculation(self: Any) -> SpeculationStats:
         return self.__dict__[_KEY].stats

@@ -64,7 +64,7 @@ class SpeculationStats:
             self.rows += len(step.tokens)
             return
         self.passes += 1
-        offered = _candidates_by_depth(tree)
+        offered, accepted = _candidates_by_depth(tree), step.accepted
         for row, done in enumerate(step.was_finished):
             if done:
                 continue
@@ -72,10 +72,10 @@ class SpeculationStats:
             self.verifications += 1
             self.drafted_nodes += sum(by_depth)
             self.computed_nodes += tree.num_nodes
-            self.accepted_lengths[step.accepted[row]] += 1
+            self.accepted_lengths[accepted[row]] += 1
             depths = [depth for depth, count in enumerate(by_depth, start=1) if count]
             self.offered_at_depth.update(depths)
-            self.reached_at_depth.update(depth for depth in depths if depth <= step.accepted[row] + 1)
+            self.reached_at_depth.update(depth for depth in depths if depth <= accepted[row] + 1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

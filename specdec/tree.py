@@ -160,7 +160,8 @@ class TokenTree:
     def check(self) -> None:
         """Raise AssertionError where the invariants of the contract do not hold (tests and debugging; synchronises)."""
         parents, nodes = self.topology.parents, torch.arange(self.num_nodes, device=self.token_ids.device)
-        assert self.token_ids.dtype == torch.int64 and self.topology.num_nodes == self.num_nodes
+        assert self.token_ids.dtype == torch.int64, "token ids are int64"
+        assert self.topology.num_nodes == self.num_nodes, "one token per node of the topology"
         assert bool((parents[:, 0] == 0).all()) and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
         assert bool((self.token_ids >= 0).all()), "absence is a role, never a token id"
         assert parents.shape[0] in (1, self.batch_size), "one shape for all rows, or one per row"

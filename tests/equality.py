@@ -1,8 +1,7 @@
 """Helpers of the generate tests: one tiny model, plainly and speculating, asked the same thing.
 
 The text of the model depends on its context and repeats in parts, so drafters are sometimes right and sometimes wrong.
-``Oracle`` knows the answer, which makes accepted blocks of a known length; it shows that stops and processors hold inside
-a block.
+``Oracle`` knows the answer, which makes accepted blocks of a known length: stops and processors must hold inside them.
 """
 
 from __future__ import annotations
@@ -53,7 +52,8 @@ class Oracle(BaseDrafter):
         longest = max(map(len, chains))
         tokens = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in chains])
         role = torch.tensor([[CANDIDATE] * (len(c) + 1) + [PADDING] * (longest - len(c)) for c in chains])
-        return TokenTree(torch.cat([state.root[:, None], tokens], dim=1), chain(longest + 1), role, sources=(self.name,))
+        tokens = torch.cat([state.root[:, None], tokens], dim=1)
+        return TokenTree(tokens, chain(longest + 1), role, sources=(self.name,))
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:

@@ -4,9 +4,9 @@ Two ways to take a rule in:
 
 - as a *definition*: plain Python that draws by ``coins.flip(probabilities)``. ``enumerate_law`` replays it once per
   outcome of all coins, so drafters that sample, rejections and residuals need nothing special;
-- as the *code that runs*: an ``AcceptanceRule`` whose outcome is piecewise constant in its uniforms. ``uniform_law`` runs it
-  on one point of every cell, with the uniforms placed per output position as the loop places them, so that what one
-  step looks at and leaves for the next is part of the test.
+- as the *code that runs*: an ``AcceptanceRule`` whose outcome is piecewise constant in its uniforms. ``uniform_law``
+  runs it on one point of every cell, with the uniforms placed per output position as the loop places them, so that what
+  one step looks at and leaves for the next is part of the test.
 
 Words: a *context* is the tuple of tokens emitted so far; ``p(context)`` the target's next-token distribution.
 """
@@ -147,7 +147,7 @@ def distance(law: Law, other: Law) -> float:
 
 
 def toy_target(vocab: int, seed: int, zeros: bool = False) -> Target:
-    """A next-token distribution for every context, Dirichlet-like; with ``zeros`` one token per context is impossible."""
+    """A next-token distribution for every context; with ``zeros`` one token per context is impossible."""
     known: dict[Context, list[float]] = {}
 
     def p(context: Context) -> list[float]:
@@ -176,7 +176,7 @@ def uniform_law(rule: AcceptanceRule, drafter: PlainDrafter, p: Target, length: 
             bounds |= {min(total, 1.0) for total in itertools.accumulate(p(word))}
         edges = sorted(bounds)
         cells = [(low, high) for low, high in itertools.pairwise(edges) if high > low]
-        # A bound that rounding drew twice makes a cell too narrow for the float32 CDF to see: half of it may go either way.
+        # Where rounding drew one bound twice, the cell between them has no mass to speak of.
         points.append(torch.tensor([(low + high) / 2 for low, high in cells], dtype=torch.float64))
         weights.append(torch.tensor([high - low for low, high in cells], dtype=torch.float64))
     uniforms, weight = torch.cartesian_prod(*points), torch.cartesian_prod(*weights).prod(-1)

@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from equality import DRAFTERS, VOCAB, Oracle, assert_same, assert_same_on, ask, model, new_text, prompt, run, tiny_llama
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import specdec
+from equality import DRAFTERS, VOCAB, Oracle, ask, assert_same, assert_same_on, model, new_text, prompt, run, tiny_llama
 
 LENGTH = 14
 
@@ -101,6 +108,30 @@ def test_a_prompt_of_one_token(settings: dict[str, Any]) -> None:
     assert_same(arguments, reference="none" if "do_sample" in settings else "plain")
 
 
+def tiny_gpt2() -> Any:
+    """A model with a table of 24 positions."""
+    torch.manual_seed(1)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "initializer_range": 0.3}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes, **ends)).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_text_that_fills_the_context(batch: int) -> None:
+    assert assert_same_on(tiny_gpt2(), prompt(batch) | {"max_length": 25}).shape == (batch, 25)
+
+
+@pytest.mark.parametrize(
+    "arguments", [case(1, max_new_tokens=17), {"input_ids": torch.ones(1, 25).long()}], ids=["text", "prompt"]
+)
+def test_a_text_beyond_the_context_raises_as_plain_generate_does(arguments: dict[str, Any]) -> None:
+    with pytest.raises(IndexError, match="index out of range"):
+        ask(tiny_gpt2(), arguments)
+    for drafter in ("none", "token_recycling", "prompt_lookup"):
+        with pytest.raises(IndexError, match="index out of range"):
+            ask(specdec.speculate(tiny_gpt2(), drafter), arguments)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -145,8 +176,8 @@ def test_what_speculate_refuses(arguments: dict[str, Any], message: str) -> None
 
 
 def test_an_encoder_decoder_is_refused() -> None:
-    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration \(t5\) cannot run token trees: it is an encoder-decoder"):
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"\(t5\) cannot run token trees: it is an encoder-decoder"):
         specdec.speculate(T5ForConditionalGeneration(config))
 
 
@@ -157,19 +188,19 @@ def test_what_cannot_generate_is_refused() -> None:
 
 def greedy_by_hand(chosen: Any, input_ids: Tensor, *_: Any, **kwargs: Any) -> Tensor:
     """A decoding loop of the user's own, as ``custom_generate`` takes it."""
-    for _ in range(kwargs["generation_config"].max_length - input_ids.shape[1]):
+    for _step in range(kwargs["generation_config"].max_length - input_ids.shape[1]):
         logits = chosen(input_ids=input_ids).logits[:, -1]
         input_ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], dim=1)
     return input_ids
 
 
-NEVER = {
+NEVER: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 2},
     "assistant": {"assistant_model": tiny_llama(num_hidden_layers=1)},
     "transformers' prompt lookup": {"prompt_lookup_num_tokens": 3},
     "custom loop": {"custom_generate": greedy_by_hand},
 }
-DELEGATED = {
+DELEGATED: dict[str, tuple[dict[str, Any], str]] = {
     "no cache": ({"use_cache": False}, "use_cache=False"),
     "static cache": ({"cache_implementation": "static"}, "a cache of type StaticCache"),
     "right padding": ({"attention_mask": torch.tensor([[1] * 9, [1] * 7 + [0] * 2])}, "not left-padded"),

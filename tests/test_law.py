@@ -48,6 +48,8 @@ LENGTH = 3
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "root": [],
     "chain": [(0, 1), (1, 0), (2, 2)],
+    "pair": [(0, 1), (1, 0)],
+    "fork": [(0, 2), (0, 0), (1, 1)],
     "wide": [(0, 0), (0, 1), (0, 2)],
     "deep": [(0, 2), (1, 2), (2, 2), (3, 1), (4, 0)],
     "uneven": [(0, 2), (0, 0), (1, 1), (1, 2), (4, 0), (2, 1)],
@@ -102,10 +104,10 @@ def test_target_sampling_is_exact(name: str, vocab: int, zeros: bool) -> None:
 
 
 def test_target_sampling_is_exact_for_sampled_children() -> None:
-    p = toy_target(4, seed=2)
-    for count in (1, 2, 3):
-        law = enumerate_law(target_walk, sampling_children(count, 4), p, 2)
-        assert distance(law, joint(p, 2, 4)) < EXACT
+    p = toy_target(3, seed=2)
+    for count in (1, 2):
+        law = enumerate_law(target_walk, sampling_children(count, 3), p, 2)
+        assert distance(law, joint(p, 2, 3)) < EXACT
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -114,12 +116,13 @@ def test_expected_accepted_length_is_the_sum_of_path_products(name: str) -> None
     tree = DRAFTERS[name]((), 0, Coins(()))
     products = [math.prod(p(word[:place])[token] for place, token in enumerate(word)) for word in tree.words()]
     law = accepted_law(target_walk, DRAFTERS[name], p)
-    assert math.fsum((len(emitted) - 1) * mass for emitted, mass in law.items()) == pytest.approx(sum(products[1:]), abs=EXACT)
+    mean = math.fsum((len(emitted) - 1) * mass for emitted, mass in law.items())
+    assert mean == pytest.approx(sum(products[1:]), abs=EXACT)
 
 
 def fresh_bonus(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coins) -> list[int]:
     """Wrong: one independent target sample per node of each path; the best path wins, its bonus is drawn afresh."""
-    samples = [coins.flip(p(node)) for node in range(len(tree.parents))]
+    samples = {node: coins.flip(p(node)) for node in range(len(tree.parents)) if tree.children(node)}
     best: list[int] = []
     for leaf in range(len(tree.parents)):
         path = _path(tree, leaf)
@@ -129,7 +132,7 @@ def fresh_bonus(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coi
                 break
             right.append(child)
         best = max(best, right, key=len)
-    return [tree.tokens[node] for node in best[1:]] + [coins.flip(p(best[-1]))]
+    return [*(tree.tokens[node] for node in best[1:]), coins.flip(p(best[-1]))]
 
 
 def _path(tree: PlainTree, node: int) -> list[int]:
@@ -137,11 +140,11 @@ def _path(tree: PlainTree, node: int) -> list[int]:
 
 
 def duplicates_count_twice(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coins) -> list[int]:
-    """Wrong: one coin against the running sum of sibling probabilities, a token that two siblings hold counted twice."""
+    """Wrong: one coin against the running sum of sibling probabilities, a doubled sibling counted twice."""
     node, emitted = 0, []
     while True:
         here, children = p(node), tree.children(node)
-        tokens = [tree.tokens[child] for child in children for _ in range(2)]  # as if every sibling had been merged in twice
+        tokens = [tree.tokens[child] for child in children for _ in range(2)]  # every sibling merged in twice
         shares: list[float] = []
         for token in tokens:
             shares.append(min(here[token], 1 - sum(shares)))
@@ -212,20 +215,15 @@ def kept_if_likely(context: Context, step: int, coins: Coins) -> PlainTree:  # n
     return PlainTree([0, 0], [0, drawn], {0: q}) if q[drawn] > 0.25 else PlainTree([0], [0])
 
 
-def silently_merged(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coins) -> list[int]:
-    """Wrong for i.i.d. children: an equal later draw was dropped without its event; the others keep the raw q."""
-    return token_wise(tree, p, coins)
-
-
 WRONG_RULES: dict[str, tuple[PlainRule, PlainDrafter]] = {
-    "a fresh bonus after a rejected target sample": (fresh_bonus, static("chain")),
-    "a fresh bonus over several paths": (fresh_bonus, static("uneven")),
+    "a fresh bonus after a rejected target sample": (fresh_bonus, static("pair")),
+    "a fresh bonus over several paths": (fresh_bonus, static("fork")),
     "duplicate siblings counted twice": (duplicates_count_twice, static("chain")),
     "deterministic children verified with q": (token_wise, top_children(2, 4)),
     "no residual after a rejection": (rejecting(ratio, lambda p, q: p), sampling_children(1, 4)),  # noqa: ARG005
     "the residual of a sampled child taken as one-point": (rejecting(lambda p, q: p, lambda p, q: p), static("wide")),  # noqa: ARG005
     "a sampled child kept only where its own q is large": (token_wise, kept_if_likely),
-    "an equal i.i.d. draw dropped without its event": (silently_merged, sampling_children(3, 4)),
+    "an equal i.i.d. draw dropped without its event": (token_wise, sampling_children(2, 4)),
 }
 
 
@@ -269,7 +267,7 @@ def test_wrong_code_fails_the_same_check(rule: TargetSampling) -> None:
 
 
 # Through the real generate: every row of a big batch is one sample of a short text.
-VOCAB, TOP_K, TEMPERATURE, SAMPLES = 6, 4, 0.9, 4000
+VOCAB, TOP_K, TEMPERATURE, SAMPLES = 6, 3, 0.9, 2500
 PROMPT = [[2, 3, 5, 2, 3]]
 
 
@@ -284,7 +282,8 @@ def exact_joint() -> Law:
 
     def p(context: Context) -> list[float]:
         with torch.no_grad():
-            logits = toy_model()(input_ids=torch.tensor([PROMPT[0] + list(context)])).logits[0, -1].double() / TEMPERATURE
+            logits = toy_model()(input_ids=torch.tensor([PROMPT[0] + list(context)])).logits[0, -1]
+        logits = logits.double() / TEMPERATURE
         kept = logits.masked_fill(logits < logits.topk(TOP_K).values[-1], -math.inf)
         return kept.softmax(-1).tolist()
 
@@ -305,7 +304,7 @@ def sample(drafter: Any, rule: TargetSampling | None) -> Tensor:
             max_new_tokens=LENGTH,
             num_return_sequences=SAMPLES,
         )
-        assert model.speculation.accepted_lengths.total() > model.speculation.accepted_lengths[0], "something is accepted"
+        assert model.speculation.mean_accepted_tokens > 1, "something is accepted"
     finally:
         restore(model)
     return text[:, len(PROMPT[0]) :]

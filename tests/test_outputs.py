@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import zoo
-from equality import DRAFTERS, Oracle, assert_same, ask, model, new_text, prompt, run, tiny_llama
-from test_stopping import tokenizer
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
+import zoo
+from equality import DRAFTERS, Oracle, ask, assert_same, model, new_text, prompt, run, tiny_llama
 from specdec.interfaces import DecodeState
 from specdec.tree import TokenTree
+from test_stopping import tokenizer
 
 LENGTH = 14
-EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
+EVERYTHING = dict.fromkeys(["return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states"], True)
 
 
 def case(batch: int, **settings: Any) -> dict[str, Any]:
@@ -43,7 +43,9 @@ class Taking(BaseStreamer):
         self.taken.append("end")
 
 
-@pytest.mark.parametrize("settings", [{}, {"eos_token_id": 39}, {"repetition_penalty": 1.2, "eos_token_id": 5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"eos_token_id": 39}, {"repetition_penalty": 1.2, "eos_token_id": 5}], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streamer_is_given_one_position_at_a_time(batch: int, settings: dict[str, Any]) -> None:
     def taken(name: str, told: Any = ((),)) -> tuple[list[Any], list[list[int]]]:
@@ -112,7 +114,12 @@ def layers_of(cache: DynamicCache) -> tuple[tuple[Tensor, Tensor], ...]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"eos_token_id": [27, 39]}, {"repetition_penalty": 1.3, "eos_token_id": 5}, {"encoder_no_repeat_ngram_size": 2}],
+    [
+        {},
+        {"eos_token_id": [27, 39]},
+        {"repetition_penalty": 1.3, "eos_token_id": 5},
+        {"encoder_no_repeat_ngram_size": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("batch", [1, 3])
@@ -161,14 +168,11 @@ def test_statistics_of_the_call_and_of_all_calls(output: dict[str, Any]) -> None
         assert first.speculation.verifications == sum(first.speculation.accepted_lengths.values())
 
 
-Speaker = Callable[[dict[str, Any]], Any]
-
-
-def converse(speakers: list[Speaker], batch: int, form: str, config: Any) -> tuple[list[Any], DynamicCache]:
+def converse(speakers: Sequence[Any], batch: int, form: str, config: Any) -> tuple[list[Any], DynamicCache]:
     """Three turns on one cache; the user says two tokens in between. Gives what each turn returned, and the cache.
 
     Args:
-        speakers: who generates each turn.
+        speakers: the model that generates each turn.
         batch: number of rows.
         form: ``"full"`` ids, or ``"new"`` ones only.
         config: of the model.
@@ -180,7 +184,7 @@ def converse(speakers: list[Speaker], batch: int, form: str, config: Any) -> tup
         past = cache.get_seq_length()
         given = ids if form == "full" else ids[:, past:]
         arguments = {"input_ids": given, "attention_mask": mask, "past_key_values": cache, "max_new_tokens": 7}
-        result = speaker(arguments | {"return_dict_in_generate": turn == 1})
+        result = speaker.generate(**arguments | {"return_dict_in_generate": turn == 1})
         sequences = result.sequences if turn == 1 else result
         if turn == 1:
             assert result.past_key_values is cache
@@ -202,10 +206,10 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 @pytest.mark.parametrize("form", ["full", "new"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_conversation_on_one_cache(pair: tuple[Any, Any], batch: int, form: str) -> None:
-    plain, speculating = (lambda arguments, m=m: m.generate(**arguments) for m in pair)
-    expected, cache = converse([plain] * 3, batch, form, pair[0].config)
+    plain, speculating = pair
+    expected, cache = converse([plain] * 3, batch, form, plain.config)
     for speakers in ([speculating] * 3, [plain, speculating, plain]):
-        turns, extended = converse(speakers, batch, form, pair[0].config)
+        turns, extended = converse(speakers, batch, form, plain.config)
         assert turns == expected
         assert_close(layers_of(extended), layers_of(cache))
 
@@ -215,9 +219,11 @@ def test_a_returned_cache_starts_the_next_turn() -> None:
         first = run(name, case(3, eos_token_id=39, return_dict_in_generate=True))
         ids = torch.cat([first.sequences, torch.full((3, 1), 6)], dim=1)
         mask = torch.cat([prompt(3)["attention_mask"], torch.ones_like(ids[:, 9:])], dim=1)
-        return model(name).generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=8
-        ).tolist()
+        return (
+            model(name)
+            .generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=8)
+            .tolist()
+        )
 
     expected = second_turn("plain")
     for drafter in ("prompt_lookup", "token_recycling"):

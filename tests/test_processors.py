@@ -1,4 +1,4 @@
-"""Logits processors: under greedy decoding the text is plain generate's; under sampling it is that of the drafter ``none``.
+"""Logits processors: under greedy decoding the text is plain generate's, under sampling that of the drafter ``none``.
 
 Sampled text is compared with ``none`` because plain generate draws from another stream; ``none`` and the law itself are
 compared elsewhere.
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from equality import DRAFTERS, VOCAB, assert_same, model, new_text, prompt, run, tiny_llama
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import specdec
+from equality import DRAFTERS, VOCAB, assert_same, model, new_text, prompt, run, tiny_llama
 
 SPECULATING = DRAFTERS[1:]
 LENGTH = 16

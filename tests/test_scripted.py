@@ -28,6 +28,12 @@ def model_of() -> Any:
     return tiny_llama(vocab_size=VOCAB, pad_token_id=PAD)
 
 
+@cache
+def speculating() -> Any:
+    """A second model of the same weights; its drafters are exchanged from call to call, as all fit it."""
+    return specdec.speculate(tiny_llama(vocab_size=VOCAB, pad_token_id=PAD), Empty(VOCAB))
+
+
 def prompts(batch: int) -> dict[str, Tensor]:
     """Random ids and mask, left-padded."""
     ids, mask = random_prompts(batch, VOCAB, seed=0)
@@ -46,11 +52,9 @@ def texts_of(sequences: Tensor, eos: int | None = None) -> list[list[int]]:
 
 
 def run(drafter: Scripted, batch: int, **settings: Any) -> tuple[Tensor, SpeculationStats]:
-    model = specdec.speculate(model_of(), drafter)
-    try:
-        output = model.generate(**prompts(batch), max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, **settings)
-    finally:
-        specdec.restore(model)
+    model = speculating()
+    specdec.speculation_of(model).drafter = drafter
+    output = model.generate(**prompts(batch), max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, **settings)
     return output.sequences, output.speculation
 
 
@@ -108,7 +112,7 @@ def test_never_right(kind: type[Scripted], batch: int) -> None:
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 1.3}, {"repetition_penalty": 1.2}])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_random_trees_change_nothing(settings: dict[str, Any], batch: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         expected, _ = run(Empty(VOCAB), batch, **settings)
         torch.manual_seed(seed)
@@ -133,7 +137,7 @@ def test_full_of_eos(position: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("token", range(VOCAB))
+@pytest.mark.parametrize("token", range(0, VOCAB, 2))
 def test_full_of_one_token(token: int, batch: int) -> None:
     expected = plain(batch)
     got, stats = run(Always(VOCAB, DEPTH, token=token), batch)

@@ -1,4 +1,4 @@
-"""Stopping: at the same token as plain generate, wherever in an accepted block it falls, with the same padding after it."""
+"""Stopping: at plain generate's token, wherever in an accepted block it falls, with the same padding after it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from equality import DRAFTERS, PAD, VOCAB, assert_same, model, new_text, prompt, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from equality import DRAFTERS, PAD, VOCAB, assert_same, model, new_text, prompt, run
 
 LENGTH = 20
 
@@ -165,7 +166,7 @@ class Sum(StoppingCriteria):
         return input_ids[:, -2:].sum(-1) % (torch.arange(len(input_ids)) + 5) == 0
 
 
-@pytest.mark.parametrize("wanted", [{}, {"return_dict_in_generate": True, "output_scores": True}], ids=["ids", "scores"])
+@pytest.mark.parametrize("wanted", [{}, {"return_dict_in_generate": True, "output_scores": True}], ids=str)
 @pytest.mark.parametrize("eos", [None, 41])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_custom_criterion_sees_exactly_the_calls_of_plain_generate(

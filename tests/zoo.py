@@ -1,7 +1,18 @@
 """The zoo: tiny random models of many families whose text depends on its whole context.
 
-A tiny model with its usual initialisation (std 0.02) hides errors: attention is uniform, layers add next to nothing, the
-next token follows from the last one. Here every matrix is drawn anew, wide enough that masks and positions matter.
+A tiny model as transformers initialises it (std 0.02) hides errors: attention is uniform, layers add next to nothing,
+the next token follows from the last one. So matrices are drawn anew with std 2 / sqrt(32) and centred in both
+dimensions (else the mean of GELU and ReLU swamps the stream with one direction: gptj then repeats one token),
+embeddings with std 0.5 after the model's own scaling, biases with std 0.05; query norms, which flatten attention, are
+doubled. Windows and chunks are 8 tokens, shorter than the text.
+
+Measured over the 42 families, seed 0, float32, 16 greedy texts of 40 tokens behind random prompts of 12 (16 contexts of
+24 tokens for the second line), transformers 5.23 on a CPU:
+    texts without a loop of period <= 8 in their last 20 tokens: 87 % or more in every family, all of them in 37
+    the next token changes when 6 tokens just before the last are shuffled: median 0.66, least xglm 0.19, olmo2 0.23;
+        when one of them is replaced: median 0.49, least codegen 0.19, falcon 0.25
+    gap between the two best logits < 1e-3: 0.15 % of tokens, 0.5 % at most in a family (logits have std 2)
+    token-by-token against one forward, largest difference of a logit: median 3e-5, most 3e-4 (granitemoe, nemotron)
 """
 
 from __future__ import annotations
@@ -55,16 +66,30 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False, "bias": False},
     "olmo2": _GQA,
-    "granite": _GQA | {"embedding_multiplier": 2.0, "residual_multiplier": 0.8, "logits_scaling": 0.5, "attention_multiplier": 0.35},
+    "granite": _GQA
+    | {"embedding_multiplier": 2.0, "residual_multiplier": 0.8, "logits_scaling": 0.5, "attention_multiplier": 0.35},
     "cohere": _GQA | {"logit_scale": 0.5},
     "cohere2": _WINDOWED | _ALTERNATE | {"logit_scale": 0.5},
     "deepseek_v3": _MOE
     | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
-    | {"v_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    | {
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
     "llama4_text": _HEADS
     | {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1, 0], "intermediate_size_mlp": 48}
     | {"num_local_experts": 4, "interleave_moe_layer_step": 2},
-    "gpt_oss": _WINDOWED | _ALTERNATE | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": _WINDOWED
+    | _ALTERNATE
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "gemma": _HEADS,
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global"], 4]]},
@@ -85,12 +110,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": HIDDEN, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4},
     "biogpt": {},
     "persimmon": {},
-    "doge": _GQA | {"keep_window_size": WINDOW},
     "diffllama": _GQA,
-    "glm4_moe": _HEADS | _MOE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "glm4_moe": _HEADS
+    | _MOE
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
 }
 
-GAIN = 2.0
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
@@ -117,14 +142,28 @@ def _redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         if id(parameter) in scales:
             parameter.normal_(0.0, 0.5 / scales[id(parameter)], generator=generator)
         elif parameter.ndim > 1:
-            parameter.normal_(0.0, GAIN / parameter.shape[-1] ** 0.5, generator=generator)
+            parameter.normal_(0.0, 2.0 / HIDDEN**0.5, generator=generator)
             for dim in (-1, -2):
                 parameter -= parameter.mean(dim, keepdim=True)
         elif name.endswith("bias"):
-            parameter.normal_(0.0, 0.2, generator=generator)
+            parameter.normal_(0.0, 0.05, generator=generator)
         elif name.endswith(("q_norm.weight", "q_layernorm.weight")):
             parameter += 1.0
     return model
+
+
+@torch.no_grad()
+def clear_prompts(model: PreTrainedModel, batch: int, new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts whose greedy text has no near-tie, so that rounding cannot change it, and ``generate``'s plain answer."""
+    for seed in range(20):
+        ids, mask = prompts(batch, seed=seed)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        output = model.generate(**inputs, **settings, output_logits=True)
+        best = torch.stack(output.logits).float().topk(2).values
+        if float((best[..., 0] - best[..., 1]).min()) > 3e-3:
+            return inputs, output.sequences
+    raise AssertionError(f"every text of {type(model).__name__} has a near-tie")
 
 
 def prompts(
@@ -150,12 +189,24 @@ def vision(name: str, seed: int = 0) -> tuple[PreTrainedModel, dict[str, Tensor]
     inputs = {"input_ids": ids, "attention_mask": mask}
     text = _BASE | _GQA
     if name == "llava":
-        tower = {"model_type": "clip_vision_model", "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2}
+        tower = {
+            "model_type": "clip_vision_model",
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+        }
         tower |= {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": HIDDEN}
         settings: dict[str, Any] = {"image_token_index": _IMAGE, "text_config": {"model_type": "llama", **text}}
         inputs["pixel_values"] = torch.randn(2, 3, 8, 8, generator=generator)
     elif name == "qwen2_vl":
-        tower = {"embed_dim": HIDDEN, "hidden_size": HIDDEN, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+        tower = {
+            "embed_dim": HIDDEN,
+            "hidden_size": HIDDEN,
+            "depth": 2,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        }
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
         settings = {"image_token_id": _IMAGE, "video_token_id": _IMAGE + 1, "vision_start_token_id": _IMAGE + 2}
         settings |= {"vision_end_token_id": _IMAGE + 3, "text_config": {**text, "rope_parameters": rope}}
@@ -169,7 +220,9 @@ def vision(name: str, seed: int = 0) -> tuple[PreTrainedModel, dict[str, Tensor]
     return _redraw(model, seed), inputs
 
 
-def _refused(model_type: str, redraw: bool = False, auto: Any = AutoModelForCausalLM, **settings: Any) -> Any:
+def _lazy(
+    model_type: str, settings: Mapping[str, Any], *, redraw: bool = False, auto: Any = AutoModelForCausalLM
+) -> Callable[[], PreTrainedModel]:
     def make() -> PreTrainedModel:
         model = _make(model_type, settings, auto)
         return _redraw(model, 0) if redraw else model
@@ -177,32 +230,39 @@ def _refused(model_type: str, redraw: bool = False, auto: Any = AutoModelForCaus
     return make
 
 
-_LAYERS = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in (("layers", 4), ("attention_heads", 4), ("ffn_dim", 48))}
 _WIDE = {"initializer_range": 0.3}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_LOCAL = {"attention_types": [[["global", "local"], 2]]}
+_STACKS = {f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+_STACKS |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+_T5 = {"num_layers": 4, "num_decoder_layers": 4, "num_heads": 4, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48}
+_T5 |= {"decoder_start_token_id": PAD}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 24}
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 _LONG |= {"original_max_position_embeddings": 24}
 
+# Models that no tree can branch in; those in SWITCHING only where the text crosses their rope's boundary of 24 tokens.
+SWITCHING = ("llama_dynamic", "phi3_longrope")
 REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
-    "mamba": _refused("mamba", **_WIDE),
-    "mamba2": _refused("mamba2", num_heads=8, head_dim=8, state_size=8, n_groups=2, **_WIDE),
-    "falcon_mamba": _refused("falcon_mamba", **_WIDE),
-    "rwkv": _refused("rwkv", **_WIDE),
-    "recurrent_gemma": _refused("recurrent_gemma", lru_width=HIDDEN, attention_window_size=WINDOW, **_GQA),
-    "jamba": _refused("jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, **_GQA, **_WIDE),
-    "qwen3_next": _refused("qwen3_next", num_experts=2, num_experts_per_tok=1, **_HYBRID, **_HEADS, **_WIDE),
-    "lfm2": _refused("lfm2", layer_types=["conv", "full_attention"] * 2, **_GQA, **_WIDE),
-    "minimax": _refused("minimax", **_HYBRID, **_HEADS, **_WIDE),
-    "bloom": _refused("bloom", redraw=True),
-    "mpt": _refused("mpt", redraw=True),
-    "falcon_alibi": _refused("falcon", redraw=True, alibi=True),
-    "gpt_neo_local": _refused("gpt_neo", redraw=True, attention_types=[[["global", "local"], 2]], window_size=WINDOW),
-    "bart": _refused("bart", redraw=True, is_decoder=True, **_LAYERS, d_model=HIDDEN),
-    "roformer": _refused("roformer", redraw=True, is_decoder=True),
-    "t5": _refused("t5", auto=AutoModelForSeq2SeqLM, d_model=HIDDEN, d_kv=8, decoder_start_token_id=PAD),
-    "llama_dynamic": _refused("llama", redraw=True, rope_parameters=_DYNAMIC, **_GQA),
-    "phi3_longrope": _refused("phi3", redraw=True, rope_parameters=_LONG, **_GQA),
-    "ctrl": _refused("ctrl"),
-    "openai-gpt": _refused("openai-gpt"),
+    "mamba": _lazy("mamba", _WIDE),
+    "mamba2": _lazy("mamba2", _WIDE | {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2}),
+    "falcon_mamba": _lazy("falcon_mamba", _WIDE),
+    "rwkv": _lazy("rwkv", _WIDE),
+    "recurrent_gemma": _lazy("recurrent_gemma", _GQA | {"lru_width": HIDDEN, "attention_window_size": WINDOW}),
+    "jamba": _lazy("jamba", _WIDE | _GQA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "qwen3_next": _lazy("qwen3_next", _WIDE | _HEADS | _HYBRID | {"num_experts": 2, "num_experts_per_tok": 1}),
+    "lfm2": _lazy("lfm2", _WIDE | _GQA | {"layer_types": ["conv", "full_attention"] * 2}),
+    "minimax": _lazy("minimax", _WIDE | _HEADS | _HYBRID),
+    "bloom": _lazy("bloom", {}, redraw=True),
+    "mpt": _lazy("mpt", {}, redraw=True),
+    "falcon_alibi": _lazy("falcon", {"alibi": True}, redraw=True),
+    "gpt_neo_local": _lazy("gpt_neo", _LOCAL | {"window_size": WINDOW}, redraw=True),
+    "gpt_neo_far": _lazy("gpt_neo", _LOCAL | {"window_size": 20}, redraw=True),  # beyond the self-check's 14 tokens
+    "bart": _lazy("bart", _STACKS | {"is_decoder": True, "d_model": HIDDEN}, redraw=True),
+    "roformer": _lazy("roformer", {"is_decoder": True}, redraw=True),
+    "ctrl": _lazy("ctrl", _WIDE),
+    "openai-gpt": _lazy("openai-gpt", {}, redraw=True),
+    "t5": _lazy("t5", _T5, auto=AutoModelForSeq2SeqLM),
+    "llama_dynamic": _lazy("llama", _GQA | {"rope_parameters": _DYNAMIC}, redraw=True),
+    "phi3_longrope": _lazy("phi3", _GQA | {"rope_parameters": _LONG}, redraw=True),
 }

@@ -19,18 +19,24 @@ from specdec.generation import plainly, speculation_of
 
 def run(config: DictConfig) -> int:
     """Decode every prompt. Returns 1 where a compared text is neither identical nor a near-tie."""
-    session, console = Session(config), Console()
+    session, console = Session(config), Console(record=config.picture is not None)
     ids = [session.loaded.encode(prompt, config.chat) for prompt in session.prompts()]
     session.speculate()
-    if not config.compare:
-        for prompt, row in zip(session.prompts(), ids, strict=True):
-            console.rule(escape(prompt.splitlines()[0][:70]), align="left")
-            _speculative(session, console, row)
-        console.print(legend(speculation_of(session.model).drafter.name))
-        stats = speculation_of(session.model).stats
-        console.print(f"{stats.mean_accepted_tokens:.2f} mean accepted tokens, {stats.tokens_per_second:.0f} tokens/s")
-        return 0
-    return _compare(session, console, ids)
+    code = (_compare if config.compare else _show)(session, console, ids)
+    if config.picture is not None:
+        console.save_svg(config.picture, title="specdec")
+    return code
+
+
+def _show(session: Session, console: Console, ids: list[Tensor]) -> int:
+    for prompt, row in zip(session.prompts(), ids, strict=True):
+        console.rule(escape(prompt.splitlines()[0][:70]), align="left")
+        _speculative(session, console, row)
+    handle = speculation_of(session.model)
+    console.print(legend(handle.drafter.name))
+    stats = handle.stats
+    console.print(f"{stats.mean_accepted_tokens:.2f} mean accepted tokens, {stats.tokens_per_second:.0f} tokens/s")
+    return 0
 
 
 def _compare(session: Session, console: Console, ids: list[Tensor]) -> int:

@@ -1,0 +1,104 @@
+"""The command line: what a user types, what comes back, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from specdec import cli
+from specdec.build import choices, config_dir
+
+PROMPT = "def total(items):"
+SMALL = ("threads=1", "max_new_tokens=12")
+
+
+def specdec(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, wide enough that no line is broken."""
+    root = Path(__file__).resolve().parent.parent
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from specdec.cli import main; main()"
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"COLUMNS": "200"}, check=False)
+
+
+@pytest.mark.parametrize("text", ['def f(x): "it\'s", a\\b', "a\\", "it\\'s {x: 1}, [y] # ${z}", "x", "a=b"])
+def test_a_prompt_is_taken_as_typed(text: str) -> None:
+    parsed = OverridesParser.create().parse_overrides([cli._override(f"prompt={text}")])[0]
+    assert parsed.value() == text
+
+
+def test_options_of_a_part_need_no_plus() -> None:
+    assert cli._override("drafter.num_nodes=3") == "++drafter.num_nodes=3"
+    assert cli._override("drafter=none") == "drafter=none"
+
+
+@pytest.mark.parametrize("command", cli.available())
+def test_every_command_has_a_config_that_composes(command: str) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose(command)
+    assert {"target", "drafter", "verifier"} <= set(OmegaConf.to_container(config))  # type: ignore[arg-type]
+
+
+def test_generate_shows_text(tmp_path: Path) -> None:
+    """From another folder, leaving nothing behind in it."""
+    done = specdec("generate", f"prompt={PROMPT}", *SMALL, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mean accepted tokens" in done.stdout
+    assert PROMPT in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_compares_and_is_exact_in_float32() -> None:
+    done = specdec("demo", "dtype=float32", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "identical texts: 4 of 4" in done.stdout
+    for row in ("tokens per second", "speed-up", "time in verify"):
+        assert row in done.stdout
+
+
+def test_audit_passes_and_writes_its_rows(tmp_path: Path) -> None:
+    output = tmp_path / "audit.json"
+    done = specdec("audit", f"output={output}", "drafter=prompt_lookup", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert OmegaConf.load(output).mismatches == 0
+
+
+MISTAKES = {
+    "unknown command": (["frobnicate"], "known: audit, demo, generate"),
+    "unknown drafter": (["generate", "prompt=x", "drafter=nope"], "token_recycling"),
+    "unknown target": (["generate", "prompt=x", "target=nope"], "demo"),
+    "unknown verifier": (["generate", "prompt=x", "verifier=nope"], "tree_attention"),
+    "unknown option": (["generate", "prompt=x", "drafter.nope=1"], "num_nodes"),
+    "unknown key": (["generate", "prompt=x", "nope=1"], "nope"),
+    "no prompt": (["generate"], "no prompt"),
+    "empty prompt": (["generate", "prompt=", "chat=false"], "no prompt"),
+    "too long a prompt": (["generate", f"prompt={'a b ' * 3000}"], "reads at most 2048"),
+    "no such folder": (["generate", "prompt=x", "target=hf", "target.path=./nowhere"], "names no folder"),
+    "no new tokens": (["generate", "prompt=x", "max_new_tokens=0"], "max_new_tokens"),
+    "sampled audit": (["audit", "temperature=1"], "expected 0"),
+    "bad option value": (["generate", "prompt=x", "drafter.num_nodes=81"], "1 to 80"),
+    "unknown dtype": (["generate", "prompt=x", "dtype=float99"], "expected auto, float32"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clear line, no traceback."""
+    arguments, expected = MISTAKES[mistake]
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["specdec"])
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "Traceback" not in said
+
+
+def test_the_choices_are_those_of_the_folder() -> None:
+    assert choices("drafter") == sorted(path.stem for path in (config_dir() / "drafter").glob("*.yaml"))
