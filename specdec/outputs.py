@@ -148,7 +148,7 @@ class Recorder:
         width = max(missing)
         pads = torch.full((state.batch_size, width - 1), policy.pad_token_id or 0, device=target.device)
         tree = TokenTree(torch.cat([state.root[:, None], pads], dim=1), chain(width, target.device))
-        context.budgets = [width + 1] * state.batch_size
+        context.budgets = missing
         output = target.run(context, tree, route=FULL)
         target.keep(context, [list(range(count)) for count in missing])
         self._record_filling(state, output, missing, longest)

@@ -227,8 +227,8 @@ class Target:
         depths = tree.topology.depths[:, start:stop]
         ahead = [now - base for now, base in zip(context.lengths, context.base_lengths, strict=True)]
         # Nodes that the token budget makes unreachable stay within the positions that plain decoding would use, so that
-        # models with a position table never read past its end.
-        limits = [max(budget - 1, 0) for budget in context.budgets]
+        # models with a position table never read past its end. A row without budget waits at its last position.
+        limits = [budget - 1 for budget in context.budgets]
         if len(set(ahead)) == 1 and len(set(limits)) == 1:
             return depths.clamp(max=limits[0]) + ahead[0] if limits[0] < tree.topology.max_depth else depths + ahead[0]
         rows = torch.tensor([limits, ahead], device=self.device)[..., None]

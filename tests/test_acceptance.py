@@ -16,7 +16,8 @@ def random_tree(seed: int, batch: int = 3, shared: bool = False, roles: bool = T
     """Distinct sibling candidates; other roles may repeat their tokens."""
     generator = torch.Generator().manual_seed(seed)
     count = int(torch.randint(1, 20, (1,), generator=generator))
-    shapes, tokens, kinds = [], [], []
+    shapes: list[list[int]] = []
+    tokens, kinds = [], []
     for row in range(batch):
         parents, token, role = [0], [0], [CANDIDATE]
         for node in range(1, count):

@@ -42,16 +42,16 @@ def model_of(family: str) -> Any:
 
 
 @cache
-def plain(family: str, batch: int) -> tuple[dict[str, Tensor], Tensor]:
-    return zoo.clear_prompts(model_of(family), batch, NEW_TOKENS)
+def plain(family: str, *lengths: int) -> tuple[dict[str, Tensor], Tensor]:
+    return zoo.clear_prompts(model_of(family), len(lengths), NEW_TOKENS, lengths)
 
 
 @pytest.mark.parametrize("drafter", ["none", "prompt_lookup", "token_recycling"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_greedy_text(family: str, drafter: str) -> None:
     model = model_of(family)
-    for batch in (1, 3):
-        inputs, expected = plain(family, batch)
+    for lengths in ((13,), zoo.LENGTHS, (9, 9)):
+        inputs, expected = plain(family, *lengths)
         specdec.speculate(model, drafter)
         try:
             got = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -89,8 +89,8 @@ class Probe(BaseDrafter):
 def probe(family: str, look: Callable[[Target, Context, TokenTree, list[Any]], None]) -> None:
     """Run ``look`` in front of the passes of a ragged batch whose rows accept different lengths."""
     model = model_of(family)
-    inputs, expected = plain(family, 3)
-    seen = []
+    inputs, expected = plain(family, *zoo.LENGTHS)
+    seen: list[list[int]] = []
 
     def once_ragged(target: Target, context: Context, tree: TokenTree, texts: list[Any]) -> None:
         # At the prompt's end and where rows have drifted apart; every pass would take minutes over the zoo.
@@ -218,10 +218,13 @@ def test_sublayer_skips(family: str) -> None:
             target.run(context, tree, route=both).logits, target.run(context, tree, route=Route(hi=last)).logits
         )
         full = target.run(context, tree).logits
-        for skip, index, names in (("skip_attention", 1, ATTENTION), ("skip_mlp", 2, MLP)):
-            got = target.run(context, tree, route=Route(**{skip: frozenset({index})})).logits
+        for route, silence in (
+            (Route(skip_attention=frozenset({1})), partial(silenced, plain_model, 1, ATTENTION)),
+            (Route(skip_mlp=frozenset({2})), partial(silenced, plain_model, 2, MLP)),
+        ):
+            got = target.run(context, tree, route=route).logits
             assert_differ(got, full)
-            assert_close(got, path_logits(plain_model, tree, texts, partial(silenced, plain_model, index, names)))
+            assert_close(got, path_logits(plain_model, tree, texts, silence))
 
     probe(family, look)
 

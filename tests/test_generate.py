@@ -121,8 +121,20 @@ def test_a_text_that_fills_the_context(batch: int) -> None:
     assert assert_same_on(tiny_gpt2(), prompt(batch) | {"max_length": 25}).shape == (batch, 25)
 
 
+def test_rows_that_stop_early_beside_one_that_fills_the_context() -> None:
+    plain, chosen = tiny_gpt2(), specdec.speculate(tiny_gpt2(), "prompt_lookup")
+    text = ask(plain, prompt(3) | {"max_length": 25})
+    for row, position in ((1, 22), (2, 12)):
+        stop = {"eos_token_id": int(text[row, position]), "return_dict_in_generate": True, "output_logits": True}
+        expected, got = (ask(one, prompt(3) | {"max_length": 25} | stop) for one in (plain, chosen))
+        assert got.sequences.tolist() == expected.sequences.tolist()
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    "arguments", [case(1, max_new_tokens=17), {"input_ids": torch.ones(1, 25).long()}], ids=["text", "prompt"]
+    "arguments",
+    [case(1, max_new_tokens=17), {"input_ids": torch.ones(1, 25).long(), "max_new_tokens": 3}],
+    ids=["text", "prompt"],
 )
 def test_a_text_beyond_the_context_raises_as_plain_generate_does(arguments: dict[str, Any]) -> None:
     with pytest.raises(IndexError, match="index out of range"):

@@ -141,7 +141,8 @@ def _path(tree: PlainTree, node: int) -> list[int]:
 
 def duplicates_count_twice(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coins) -> list[int]:
     """Wrong: one coin against the running sum of sibling probabilities, a doubled sibling counted twice."""
-    node, emitted = 0, []
+    node = 0
+    emitted: list[int] = []
     while True:
         here, children = p(node), tree.children(node)
         tokens = [tree.tokens[child] for child in children for _ in range(2)]  # every sibling merged in twice
@@ -161,7 +162,8 @@ def rejecting(accept: Callable[[float, float], float], residual: Callable[[float
     """Children one by one: accept with ``accept(p, q)``, else go on with ``p <- normalised residual(p, q)``."""
 
     def rule(tree: PlainTree, p: Callable[[int], Sequence[float]], coins: Coins) -> list[int]:
-        node, emitted = 0, []
+        node = 0
+        emitted: list[int] = []
         while True:
             left, following = list(p(node)), None
             for child in tree.children(node):
@@ -280,6 +282,7 @@ def toy_model() -> Any:
 def exact_joint() -> Law:
     """By definition: temperature, then top-k, then softmax, in float64."""
 
+    @cache
     def p(context: Context) -> list[float]:
         with torch.no_grad():
             logits = toy_model()(input_ids=torch.tensor([PROMPT[0] + list(context)])).logits[0, -1]

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 VOCAB, HIDDEN, WINDOW, PAD = 97, 32, 8, 0
+LENGTHS = (13, 6, 10)
 
 _BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -153,10 +154,12 @@ def _redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def clear_prompts(model: PreTrainedModel, batch: int, new_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+def clear_prompts(
+    model: PreTrainedModel, batch: int, new_tokens: int, lengths: Sequence[int] = LENGTHS
+) -> tuple[dict[str, Tensor], Tensor]:
     """Prompts whose greedy text has no near-tie, so that rounding cannot change it, and ``generate``'s plain answer."""
     for seed in range(20):
-        ids, mask = prompts(batch, seed=seed)
+        ids, mask = prompts(batch, seed=seed, lengths=lengths)
         inputs = {"input_ids": ids, "attention_mask": mask}
         settings = {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
         output = model.generate(**inputs, **settings, output_logits=True)
@@ -166,9 +169,7 @@ def clear_prompts(model: PreTrainedModel, batch: int, new_tokens: int) -> tuple[
     raise AssertionError(f"every text of {type(model).__name__} has a near-tie")
 
 
-def prompts(
-    batch: int, vocab: int = VOCAB, seed: int = 0, lengths: Sequence[int] = (13, 6, 10)
-) -> tuple[Tensor, Tensor]:
+def prompts(batch: int, vocab: int = VOCAB, seed: int = 0, lengths: Sequence[int] = LENGTHS) -> tuple[Tensor, Tensor]:
     """Random left-padded ids and their mask, ``[batch, W]``; row b has ``lengths[b % len(lengths)]`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([lengths[row % len(lengths)] for row in range(batch)])
