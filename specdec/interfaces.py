@@ -147,6 +147,7 @@ class Verification:
         finished: whether each row has stopped, after this step.
         was_finished: whether each row had stopped before this step (it emitted nothing).
         logits: ``[B, N, V]`` of all nodes, as the model gave them (before any processor).
+        offered: candidates of each row's tree at depths 1..D; on the host.
         states: tap -> ``[B, N, H]`` of all nodes, feed-only ones included.
         scores: processed scores float32 of the emitted tokens per row, ``[n_b, V]``; only where the caller wants them.
         hidden_states: what the model returned under ``output_hidden_states``: per layer ``[B, N, H]``.
@@ -157,6 +158,7 @@ class Verification:
     finished: list[bool]
     was_finished: list[bool]
     logits: Tensor
+    offered: list[list[int]] = field(default_factory=list)
     states: Mapping[Tap, Tensor] = field(default_factory=dict)
     scores: list[Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None

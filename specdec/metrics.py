@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from specdec.interfaces import Verification
 from specdec.tree import TokenTree
 
@@ -64,11 +62,11 @@ class SpeculationStats:
             self.rows += len(step.tokens)
             return
         self.passes += 1
-        offered, accepted = _candidates_by_depth(tree), step.accepted
+        accepted = step.accepted
         for row, done in enumerate(step.was_finished):
             if done:
                 continue
-            by_depth = offered[row if len(offered) > 1 else 0]
+            by_depth = step.offered[row]
             self.verifications += 1
             self.drafted_nodes += sum(by_depth)
             self.computed_nodes += tree.num_nodes
@@ -152,18 +150,3 @@ class SpeculationStats:
 
     def _depths(self) -> range:
         return range(1, max(self.offered_at_depth, default=0) + 1)
-
-
-def _candidates_by_depth(tree: TokenTree) -> list[list[int]]:
-    """Per row (one entry where rows agree): number of candidates at depths 1..D."""
-    topology = tree.topology
-    if tree.role is None and "_counts" in topology.__dict__:
-        return topology.__dict__["_counts"]
-    depths, alive = topology.depths, torch.ones_like(topology.depths)
-    if tree.candidates is not None:
-        depths, alive = depths.expand(tree.batch_size, -1), tree.candidates.long()
-    counts = alive.new_zeros(depths.shape[0], topology.max_depth + 1).scatter_add_(1, depths, alive)
-    rows: list[list[int]] = counts[:, 1:].tolist()
-    if tree.role is None:
-        topology.__dict__["_counts"] = rows  # static shapes are counted once
-    return rows

@@ -157,6 +157,13 @@ class TokenTree:
         """bool ``[B, N]``: the nodes that may be accepted; None where all of them may."""
         return None if self.role is None else self.role == CANDIDATE
 
+    def candidates_by_depth(self) -> Tensor:
+        """int64 ``[B, D]``: number of candidates at depths 1..D."""
+        depths = self.topology.depths.expand(self.batch_size, -1)
+        alive = torch.ones_like(depths) if self.candidates is None else self.candidates.long()
+        counts = alive.new_zeros(self.batch_size, self.topology.max_depth + 1)
+        return counts.scatter_add_(1, depths, alive)[:, 1:]
+
     def check(self) -> None:
         """Raise AssertionError where the invariants of the contract do not hold (tests and debugging; synchronises)."""
         parents, nodes = self.topology.parents, torch.arange(self.num_nodes, device=self.token_ids.device)

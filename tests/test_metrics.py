@@ -20,6 +20,13 @@ def step(*rows: tuple[list[int], list[int]], before: str = "", after: str = "") 
     return Verification(paths, tokens, finished, was_finished, torch.zeros(len(rows), 1, 1))
 
 
+def record(stats: SpeculationStats, verification: Verification, tree: TokenTree | None = None) -> None:
+    """As the loop does it: the verifier has counted what the tree offered."""
+    if tree is not None:
+        verification.offered = tree.candidates_by_depth().tolist()
+    stats.record(verification, tree)
+
+
 def chain_tree(length: int, batch: int = 1) -> TokenTree:
     return TokenTree(torch.arange(length + 1).expand(batch, -1), chain(length + 1))
 
@@ -33,9 +40,9 @@ def test_before_anything_happened() -> None:
 
 def test_plain_decoding_is_exactly_one() -> None:
     stats = SpeculationStats()
-    stats.record(step(([0], [5]), ([0], [6])))
+    record(stats, step(([0], [5]), ([0], [6])))
     for _ in range(7):
-        stats.record(step(([0], [5]), ([0], [6])), root_only(torch.tensor([1, 1])))
+        record(stats, step(([0], [5]), ([0], [6])), root_only(torch.tensor([1, 1])))
     assert (stats.rows, stats.emitted_tokens, stats.verifications, stats.passes) == (2, 16, 14, 7)
     assert stats.mean_accepted_tokens == 1.0
     assert (stats.drafted_nodes, stats.computed_nodes) == (0, 14)
@@ -45,11 +52,11 @@ def test_plain_decoding_is_exactly_one() -> None:
 
 def test_acceptance_by_depth() -> None:
     stats = SpeculationStats()
-    stats.record(step(([0], [9])))
-    stats.record(step(([0, 1, 2], [1, 2, 7])), chain_tree(3))  # accepts 2 of 3
-    stats.record(step(([0], [7])), chain_tree(3))  # accepts 0 of 3
-    stats.record(step(([0, 1], [1, 7])), chain_tree(1))  # accepts 1 of 1, and offers no more
-    stats.record(step(([0, 1], [1, 7])), chain_tree(2))  # accepts 1 of 2
+    record(stats, step(([0], [9])))
+    record(stats, step(([0, 1, 2], [1, 2, 7])), chain_tree(3))  # accepts 2 of 3
+    record(stats, step(([0], [7])), chain_tree(3))  # accepts 0 of 3
+    record(stats, step(([0, 1], [1, 7])), chain_tree(1))  # accepts 1 of 1, and offers no more
+    record(stats, step(([0, 1], [1, 7])), chain_tree(2))  # accepts 1 of 2
     assert stats.mean_accepted_tokens == (3 + 1 + 2 + 2) / 4
     assert stats.accepted_lengths == {0: 1, 1: 2, 2: 1}
     assert stats.offered_at_depth == {1: 4, 2: 3, 3: 2}
@@ -60,11 +67,11 @@ def test_acceptance_by_depth() -> None:
 
 def test_conditional_acceptance_counts_only_who_was_offered_the_depth() -> None:
     stats = SpeculationStats()
-    stats.record(step(([0, 1], [1, 7])), chain_tree(1))  # reached depth 2 without a candidate at it
-    stats.record(step(([0], [7])), chain_tree(2))  # had one and never got there
+    record(stats, step(([0, 1], [1, 7])), chain_tree(1))  # reached depth 2 without a candidate at it
+    record(stats, step(([0], [7])), chain_tree(2))  # had one and never got there
     assert stats.reached_at_depth == {1: 2}
     assert stats.conditional_acceptance_by_depth == [0.5, 0.0]
-    stats.record(step(([0, 1, 2], [1, 2, 7])), chain_tree(2))
+    record(stats, step(([0, 1, 2], [1, 2, 7])), chain_tree(2))
     assert stats.conditional_acceptance_by_depth == [2 / 3, 1.0]
     assert stats.acceptance_by_depth == [2 / 3, 1 / 3]
 
@@ -72,8 +79,8 @@ def test_conditional_acceptance_counts_only_who_was_offered_the_depth() -> None:
 def test_an_eos_inside_an_accepted_path_is_the_last_token() -> None:
     # The walk could have gone four deep; the second token was EOS, so two nodes stand and the EOS is the target's own.
     stats = SpeculationStats()
-    stats.record(step(([0], [9])))
-    stats.record(step(([0, 1], [1, 2]), after="x"), chain_tree(4))
+    record(stats, step(([0], [9])))
+    record(stats, step(([0, 1], [1, 2]), after="x"), chain_tree(4))
     assert stats.emitted_tokens == 3
     assert stats.accepted_lengths == {1: 1}
     assert stats.mean_accepted_tokens == 2.0
@@ -82,10 +89,10 @@ def test_an_eos_inside_an_accepted_path_is_the_last_token() -> None:
 
 def test_rows_that_have_stopped_do_not_count() -> None:
     stats = SpeculationStats()
-    stats.record(step(([0], [9]), ([0], [9]), ([0], [2]), after="..x"))
+    record(stats, step(([0], [9]), ([0], [9]), ([0], [2]), after="..x"))
     tree = chain_tree(2, batch=3)
-    stats.record(step(([0, 1], [1, 2]), ([0], [4]), ([], []), before="..x", after="x.x"), tree)
-    stats.record(step(([], []), ([0, 1, 2], [1, 2, 3]), ([], []), before="x.x", after="xxx"), tree)
+    record(stats, step(([0, 1], [1, 2]), ([0], [4]), ([], []), before="..x", after="x.x"), tree)
+    record(stats, step(([], []), ([0, 1, 2], [1, 2, 3]), ([], []), before="x.x", after="xxx"), tree)
     assert (stats.rows, stats.emitted_tokens) == (3, 9)
     assert (stats.passes, stats.verifications) == (2, 3)
     assert stats.mean_accepted_tokens == (2 + 1 + 3) / 3
@@ -98,14 +105,14 @@ def test_only_candidates_are_drafted() -> None:
     tree = TokenTree(torch.zeros(2, 4, dtype=torch.int64), Topology(torch.tensor([[0, 0, 1, 0]]), 2), role)
     stats = SpeculationStats()
     for _ in range(2):  # counts of trees with roles are not those of an earlier tree of the same shape
-        stats.record(step(([0, 1], [1, 2]), ([0], [4])), tree)
+        record(stats, step(([0, 1], [1, 2]), ([0], [4])), tree)
     assert (stats.drafted_nodes, stats.computed_nodes) == (2, 16)
     assert stats.offered_at_depth == {1: 2}
     assert stats.acceptance_by_depth == [0.5]
     assert stats.conditional_acceptance_by_depth == [1.0], "row 1 was offered nothing"
     whole = TokenTree(torch.tensor([[0, 1, 2, 3]] * 2), tree.topology)
-    stats.record(step(([0], [4]), ([0], [4])), whole)
-    stats.record(step(([0], [4]), ([0], [4])), whole)
+    record(stats, step(([0], [4]), ([0], [4])), whole)
+    record(stats, step(([0], [4]), ([0], [4])), whole)
     assert stats.drafted_nodes == 2 + 4 * 3
     assert stats.offered_at_depth == {1: 6, 2: 4}
 
@@ -113,7 +120,7 @@ def test_only_candidates_are_drafted() -> None:
 def test_rows_of_different_shapes() -> None:
     tree = TokenTree(torch.tensor([[0, 1, 2], [0, 1, 2]]), Topology(torch.tensor([[0, 0, 0], [0, 0, 1]]), 2))
     stats = SpeculationStats()
-    stats.record(step(([0, 1], [1, 2]), ([0, 1, 2], [1, 2, 3])), tree)
+    record(stats, step(([0, 1], [1, 2]), ([0, 1, 2], [1, 2, 3])), tree)
     assert stats.offered_at_depth == {1: 2, 2: 1}
     assert stats.conditional_acceptance_by_depth == [1.0, 1.0]
 
@@ -134,8 +141,8 @@ def test_time() -> None:
 def test_two_requests_add_up() -> None:
     first, second = SpeculationStats("a"), SpeculationStats("a", lossless=False)
     for stats, accepted in ((first, 0), (second, 2)):
-        stats.record(step(([0], [9])))
-        stats.record(step((list(range(accepted + 1)), [1] * (accepted + 1))), chain_tree(2))
+        record(stats, step(([0], [9])))
+        record(stats, step((list(range(accepted + 1)), [1] * (accepted + 1))), chain_tree(2))
     first.seconds["draft"], second.seconds["draft"] = 1.0, 2.0
     first.peak_extra_bytes, second.peak_extra_bytes = 5, 3
     first += second
@@ -153,7 +160,7 @@ def test_two_requests_add_up() -> None:
 
 def test_as_json() -> None:
     stats = SpeculationStats("x")
-    stats.record(step(([0, 1], [1, 2])), chain_tree(2))
+    record(stats, step(([0, 1], [1, 2])), chain_tree(2))
     plain = json.loads(json.dumps(stats.as_dict()))
     assert plain["drafter"] == "x"
     assert plain["accepted_lengths"] == {"1": 1}

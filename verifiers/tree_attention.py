@@ -70,9 +70,10 @@ class TreeVerifier:
         scores = policy.warp(output.logits)
         walk = rule.accept(tree, scores, uniforms)
         width = walk.path.shape[1]
-        rows = torch.cat([walk.path, walk.tokens], dim=1).tolist()  # the step's one device-to-host synchronisation
+        wanted = [walk.path, walk.tokens, tree.candidates_by_depth()]
+        rows = torch.cat(wanted, dim=1).tolist()  # the step's one device-to-host synchronisation
         late = policy.out_of_time()
-        paths, tokens, finished = [], [], []
+        paths, tokens, finished, offered = [], [], [], []
         for row, values in enumerate(rows):
             if state.finished[row]:
                 emitted, stop = list[int](), True
@@ -82,10 +83,11 @@ class TreeVerifier:
             paths.append(values[: len(emitted)])
             tokens.append(emitted)
             finished.append(stop or late)
+            offered.append(values[2 * width :])
         kept = None
         if policy.wants_scores:
             kept = [scores[row, nodes].float() for row, nodes in enumerate(paths)]
-        return Verification(paths, tokens, finished, list(state.finished), output.logits, scores=kept)
+        return Verification(paths, tokens, finished, list(state.finished), output.logits, offered, scores=kept)
 
 
 def _walk_lazily(
@@ -96,6 +98,7 @@ def _walk_lazily(
     step = Verification(
         [[] for _ in range(batch)], [[] for _ in range(batch)], list(state.finished), list(state.finished), logits
     )
+    step.offered = tree.candidates_by_depth().tolist()
     if state.policy.wants_scores:
         step.scores = [logits.new_empty(0, logits.shape[-1], dtype=torch.float32) for _ in range(batch)]
     children = _children(tree)
