@@ -28,8 +28,9 @@ from specdec.tree import CANDIDATE, TokenTree
 
 NEW_TOKENS = 28
 CLOSE = 1e-4  # of the span of the logits
-# Two branches, one forked again, one deeper than the window of 8.
-PARENTS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 10, 10, 3)
+# Parents of nodes 1, 2, ...: two branches in turns, so that slots are no positions; one forks and outgrows the window.
+PARENTS = (0, 0, 1, 2, 3, 4, 5, 5, 7, 9, 10, 11, 12, 13)
+RIGHT = (1, 3, 5, 7)  # a path that holds the text to come
 LAYERS = 4
 POSITION_TABLES = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm", "biogpt")  # what enters layer 0 depends on them
 ATTENTION = re.compile(r"(self_attn|attn|attention|self_attention)$")
@@ -75,10 +76,10 @@ class Probe(BaseDrafter):
     def propose(self, state: DecodeState) -> TokenTree:
         rows = []
         for row, text in enumerate(self.texts):
-            tokens = torch.randperm(zoo.VOCAB, generator=state.generator)[: len(PARENTS)].tolist()
-            right = text[state.emitted[row] :][: 2 + row]
-            tokens = [*right, *(token for token in tokens if token not in right)]
-            rows.append([(parent, token, CANDIDATE) for parent, token in zip(PARENTS, tokens, strict=False)])
+            right = dict(zip(RIGHT, text[state.emitted[row] :][: 2 + row], strict=False))
+            others = torch.randperm(zoo.VOCAB, generator=state.generator).tolist()
+            others = [token for token in others if token not in right.values()]
+            rows.append([(p, right.get(node, others[node]), CANDIDATE) for node, p in enumerate(PARENTS, start=1)])
         tree = tree_of(state.root, rows)
         assert state.context is not None
         texts = [state.history.row(row).tolist() for row in range(len(rows))]
@@ -165,7 +166,7 @@ def test_tree_pass_equals_each_path_alone(family: str) -> None:
     def look(target: Target, context: Context, tree: TokenTree, texts: list[Any]) -> None:
         expected = path_logits(plain_model, tree, texts)
         assert_close(target.run(context, tree).logits, expected)
-        parts = [target.run(context, tree, nodes=part).logits for part in (slice(0, 4), slice(4, 5), slice(5, 14))]
+        parts = [target.run(context, tree, nodes=part).logits for part in (slice(0, 4), slice(4, 5), slice(5, 15))]
         assert_close(torch.cat(parts, dim=1), expected)
 
     probe(family, look)
