@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
 
 from specdec.cache import TreeCache, can_branch
 from specdec.interfaces import Context
@@ -30,8 +31,9 @@ _CHECK_TREE = ((0,), (1,), (0, 0), (0, 1), (1, 0))
 def check_transformers(model: Any) -> None:
     """Raise ImportError where transformers lacks a name that the seam leans on."""
     missing = [name for name in _PRIVATE_NAMES if not hasattr(model, name)]
-    prepare = getattr(model, "prepare_inputs_for_generation", None)
-    if prepare is None or "next_sequence_length" not in inspect.signature(prepare).parameters:
+    # Models that override it pass what they do not know on to this one.
+    prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+    if "next_sequence_length" not in prepare.parameters:
         missing.append("prepare_inputs_for_generation(next_sequence_length=)")
     if missing:
         import transformers
@@ -54,11 +56,11 @@ def why_not(model: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     if getattr(text, "alibi", False):
         return "ALiBi biases by cache slot, not by position_ids"
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        return "its local attention counts cache slots, not positions"
     odd = sorted({kind for kind in getattr(text, "layer_types", None) or () if kind not in KNOWN_LAYER_TYPES})
     if odd:
         return f"layer types {odd} cannot branch; expected {list(KNOWN_LAYER_TYPES)}"
-    from transformers import DynamicCache
-
     if not can_branch(DynamicCache(config=text)):
         return "its cache has layers other than full, sliding or chunked attention"
     used = getattr(text, "_attn_implementation", "sdpa")
@@ -109,6 +111,8 @@ def _why_tree_differs(target: Target) -> str | None:
             outputs = target.model(input_ids=prompt, use_cache=True, return_dict=True)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         return f"a plain forward over eight tokens failed ({type(error).__name__}: {error})"
+    if outputs.get("past_key_values") is None:
+        return "it returns no key-value cache"
     reference, control = _paths_alone(target, template, prompt, nodes)
     context = _bare_context(target, outputs.past_key_values, template.num_nodes)
     try:
@@ -179,7 +183,12 @@ def why_plain(
     virtual = "prepare_inputs_for_generation" in model.__dict__
     if virtual and mask is not None and not bool(mask.all()) and set(AttentionKinds.of(text).sizes) != {FULL}:
         return "padding between virtual tokens and text, which a windowed model counts"
-    return _why_positions_switch(text, input_ids.shape[1], max_length)
+    # Ids are fewer than positions where the prompt is embeddings, or continues a cache.
+    embeds = model_kwargs.get("inputs_embeds")
+    seen = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    columns = max(input_ids.shape[1], seen or 0, 0 if embeds is None else embeds.shape[1])
+    shortest = columns if mask is None else int(mask.sum(-1).min())
+    return _why_positions_switch(text, shortest, max_length + columns - input_ids.shape[1])
 
 
 def _why_positions_switch(text: Any, prompt_length: int, max_length: int) -> str | None:

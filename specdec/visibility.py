@@ -66,7 +66,7 @@ def attention_masks(
         dtype: of the masks.
 
     Returns:
-        ``[1 or B, 1, n, K]`` with K = max(P_b) + nodes.stop, or None where everything is visible (one node, rows of one
+        ``[B, 1, n, K]`` with K = max(P_b) + nodes.stop, or None where everything is visible (one node, rows of one
         length); as a dict by layer type where the model wants one.
     """
     masks = {kind: _mask(kind, size, topology, nodes, lengths, dtype) for kind, size in kinds.sizes.items()}
@@ -81,7 +81,8 @@ def _mask(
     if uniform and reaches_all:
         if nodes.stop == 1:
             return None
-        return F.pad(topology.additive_mask(dtype)[:, :, nodes, : nodes.stop], (longest, 0))
+        mask = F.pad(topology.additive_mask(dtype)[:, :, nodes, : nodes.stop], (longest, 0))
+        return mask.expand(len(lengths), -1, -1, -1)
     visible = _visible(kind if not reaches_all else FULL, size, topology, nodes, lengths)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
