@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 import specdec
+from specdec.cache import TreeCache
 from specdec.demo.heldout import ends_in_loop, heldout_functions, heldout_gsm8k
 from specdec.generation import plainly, speculation_of
 from specdec.loading import Loaded, demo_target
@@ -117,8 +118,10 @@ def _only(model: Any, handle: Any) -> Iterator[None]:
         return
     current = model.__dict__["_specdec"]
     model.__dict__["_specdec"] = handle
-    yield
-    model.__dict__["_specdec"] = current
+    try:
+        yield
+    finally:
+        model.__dict__["_specdec"] = current
 
 
 def total(tallies: Sequence[Tally], keep: Sequence[bool]) -> Tally:
@@ -169,20 +172,17 @@ def loop_share(model: Any, ids: Tensor, mask: Tensor) -> float:
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = plain_forward(*args, **kwargs)
-        inside[0] += time.perf_counter() - start
+        # Only tree passes count: the prefill, and the head over the prompt, are no part of a step.
+        inside[0] += (time.perf_counter() - start) * isinstance(kwargs.get("past_key_values"), TreeCache)
         return result
 
     shares = []
     model.__dict__["forward"] = timed
     for _ in range(3):
         inside[0] = 0.0
-        marks: list[float] = []
-        # The prefill's own forward happens before the first step is seen.
-        handle.observers = [lambda *_, marks=marks: marks.append(inside[0])]
         generate(model, ids, mask, eos_token_id=None)
         seconds = sum(spent for phase, spent in handle.last.seconds.items() if phase != "prefill")
-        shares.append(1 - (marks[-1] - marks[0]) / seconds)
-    handle.observers = []
+        shares.append(1 - inside[0] / seconds)
     del model.__dict__["forward"]
     return statistics.median(shares)
 

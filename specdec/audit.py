@@ -11,7 +11,7 @@ Shapes: P prompt tokens, T emitted tokens, V vocabulary. Gaps are differences of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,8 +97,21 @@ class Audit:
         return gap <= self.bound
 
 
-Generate = Callable[[Tensor], Tensor]
-"""ids ``[1, P]`` -> ids ``[1, P+T]``"""
+@dataclass
+class Pair:
+    """Two greedy texts of one prompt.
+
+    Attributes:
+        prompt_length: P.
+        plain: ids ``[1, P+T]`` of plain decoding.
+        steps: its logits step by step, ``[T, V]``.
+        speculative: ids ``[1, P+T']``.
+    """
+
+    prompt_length: int
+    plain: Tensor
+    steps: Tensor
+    speculative: Tensor
 
 
 def first_difference(plain: list[int], speculative: list[int]) -> int | None:
@@ -109,41 +122,27 @@ def first_difference(plain: list[int], speculative: list[int]) -> int | None:
     return None if len(plain) == len(speculative) else min(len(plain), len(speculative))
 
 
-def audit(
-    model: Any, prompts: Iterable[Tensor], plain: Callable[[Tensor], tuple[Tensor, Tensor]], speculative: Generate
-) -> Audit:
-    """Compare greedy texts.
-
-    Args:
-        model: the target, for teacher forcing.
-        prompts: ids ``[1, P]`` each.
-        plain: decodes plainly: ids ``[1, P]`` -> (ids ``[1, P+T]``, its step-by-step logits ``[T, V]``).
-        speculative: decodes speculatively.
-    """
-    result = Audit()
-    for ids in prompts:
-        prompt_length = ids.shape[1]
-        text, steps = plain(ids)
-        ours = speculative(ids)
-        result.rows.append(_row(model, prompt_length, text, steps.log_softmax(-1), ours))
-    return result
+def audit(model: Any, pairs: Iterable[Pair]) -> Audit:
+    """Compare greedy texts that were decoded without logits processors; ``model`` is the target, to force them on."""
+    return Audit([_row(model, pair) for pair in pairs])
 
 
-def _row(model: Any, prompt_length: int, text: Tensor, steps: Tensor, ours: Tensor) -> Row:
-    block = teacher_forced(model, text, prompt_length)
+def _row(model: Any, pair: Pair) -> Row:
+    steps, block = pair.steps.float().log_softmax(-1), teacher_forced(model, pair.plain, pair.prompt_length)
     top = steps.topk(2).indices
-    gap_of = [logits.gather(1, top).diff(dim=1) for logits in (steps, block)]
-    rounding = float((gap_of[0] - gap_of[1]).abs().max())
+    gaps = [scores.gather(1, top).diff(dim=1) for scores in (steps, block)]
+    rounding = float((gaps[0] - gaps[1]).abs().max())
     flips = int((steps.argmax(-1) != block.argmax(-1)).sum())
-    plain_tokens, our_tokens = text[0, prompt_length:].tolist(), ours[0, prompt_length:].tolist()
-    at = first_difference(plain_tokens, our_tokens)
+    theirs, ours = (text[0, pair.prompt_length :].tolist() for text in (pair.plain, pair.speculative))
+    at = first_difference(theirs, ours)
     if at is None:
-        return Row(None, _worst_gap(block, our_tokens), rounding, flips)
-    forced = teacher_forced(model, ours, prompt_length)
-    theirs, mine = (tokens[at] if at < len(tokens) else -1 for tokens in (plain_tokens, our_tokens))
+        return Row(None, _worst_gap(block, ours), rounding, flips)
+    forced = teacher_forced(model, pair.speculative, pair.prompt_length)
+    plain_token, our_token = (tokens[at] if at < len(tokens) else -1 for tokens in (theirs, ours))
     # Up to here the texts agree, so plain's own step-by-step logits judge the choice.
-    gap = float(steps[at, theirs] - steps[at, mine]) if min(theirs, mine) >= 0 and at < len(steps) else float("inf")
-    return Row(Divergence(at, theirs, mine, gap), _worst_gap(forced, our_tokens), rounding, flips)
+    both = min(plain_token, our_token) >= 0
+    gap = float(steps[at, plain_token] - steps[at, our_token]) if both else float("inf")
+    return Row(Divergence(at, plain_token, our_token, gap), _worst_gap(forced, ours), rounding, flips)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from omegaconf import OmegaConf
 from specdec.generation import attach, unwrap
 from specdec.interfaces import Drafter, Verifier
 
-_OURS = ("drafters.", "verifiers.", "specdec.")
-_ALLOWED = (*_OURS, "transformers.", "torch.")
+_ALLOWED = ("drafters.", "verifiers.", "specdec.")
 _OWNER = "specdec"
 
 
@@ -62,11 +61,13 @@ def build(config: Mapping[str, Any]) -> Any:
     """
     check_owners()
     config = dict(config)
-    name = config.get("_target_")
-    if not isinstance(name, str) or not name.startswith(_ALLOWED):
-        raise ValueError(
-            f"_target_ must name a class or function in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}"
-        )
+    # A recipe is code: it may name what is ours and nothing else, at any depth.
+    for name in (config.get("_target_"), *_nested_targets(list(config.values()))):
+        if not isinstance(name, str) or not name.startswith(_ALLOWED):
+            raise ValueError(
+                f"_target_ must name a class or function in {', '.join(p + '*' for p in _ALLOWED)}; got {name!r}"
+            )
+    name = config["_target_"]
     made = get_object(name)
     known = inspect.signature(made).parameters
     unknown = [key for key in config if key not in known and not key.startswith("_")]
@@ -77,6 +78,15 @@ def build(config: Mapping[str, Any]) -> Any:
     except InstantiationException as error:
         # Hydra wraps what the constructor said; users need the constructor's own words.
         raise (error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error) from None
+
+
+def _nested_targets(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        yield from [node["_target_"]] if "_target_" in node else []
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _nested_targets(child)
 
 
 def check_owners() -> None:
@@ -107,10 +117,12 @@ def build_drafter(drafter: str | Mapping[str, Any] | Drafter, **options: Any) ->
 def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str | None = None) -> Verifier:
     """A verifier from its name in ``conf/verifier``, from a config, or as it is; ``acceptance`` names a rule."""
     if not isinstance(verifier, str | Mapping):
+        if acceptance is not None:
+            raise ValueError(f"acceptance={acceptance!r} goes with a verifier's name, got a {type(verifier).__name__}")
         return verifier
     config = load("verifier", verifier) if isinstance(verifier, str) else dict(verifier)
     built: Verifier = build(config)
-    if acceptance is not None and acceptance != "auto":
+    if acceptance is not None:
         built.rule = build(load("acceptance", acceptance))
     return built
 

@@ -77,8 +77,9 @@ class TreeLayer(CacheLayerMixin):
             self.values[:, :, owner.slots : end] = value_states
         else:
             index = owner.slots.to(self.keys.device)[:, None, :, None]
-            self.keys.scatter_(2, index.expand_as(key_states), key_states)
-            self.values.scatter_(2, index.expand_as(value_states), value_states)
+            # Autocast may have computed them in another dtype than the prefill's.
+            self.keys.scatter_(2, index.expand_as(key_states), key_states.to(self.keys.dtype))
+            self.values.scatter_(2, index.expand_as(value_states), value_states.to(self.values.dtype))
         return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature

@@ -63,10 +63,14 @@ def why_not(model: Any) -> str | None:
         return f"layer types {odd} cannot branch; expected {list(KNOWN_LAYER_TYPES)}"
     if not can_branch(DynamicCache(config=text)):
         return "its cache has layers other than full, sliding or chunked attention"
+    return _why_not_attention(text)
+
+
+def _why_not_attention(text: Any) -> str | None:
     used = getattr(text, "_attn_implementation", "sdpa")
-    if used not in _ATTENTION:
-        return f"attention implementation {used!r} takes no tree mask; call model.set_attn_implementation('sdpa') first"
-    return None
+    if used in _ATTENTION:
+        return None
+    return f"attention implementation {used!r} takes no tree mask; call model.set_attn_implementation('sdpa') first"
 
 
 def check(target: Target) -> None:
@@ -179,6 +183,9 @@ def why_plain(
     if mask is not None and (mask.ndim != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
         return "an attention mask that is not left-padded"
     text = model.config.get_text_config(decoder=True)
+    reason = _why_not_attention(text)
+    if reason is not None:
+        return reason
     # PEFT's prompt learning patches this name on the instance.
     virtual = "prepare_inputs_for_generation" in model.__dict__
     if virtual and mask is not None and not bool(mask.all()) and set(AttentionKinds.of(text).sizes) != {FULL}:

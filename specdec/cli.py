@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
 from specdec import commands
@@ -28,11 +29,11 @@ def available() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 the command's own verdict (an audit that failed), 2 bad input."""
+    """Entry point. Exit codes: 0 done, 1 an audit that failed or an override that Hydra refuses, 2 other bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help"):
-        _help(console)
+        _help(Console() if arguments else console)
         sys.exit(0 if arguments else 2)
     command, overrides = arguments[0], arguments[1:]
     if command not in available():
@@ -52,7 +53,8 @@ def _override(argument: str) -> str:
     part need no ``+``: YAML lists only what it changes, and ``build`` names the options there are.
     """
     key, equals, value = argument.partition("=")
-    if key == "prompt" and equals and value[:1] not in ("'", '"'):
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in ("'", '"')
+    if key == "prompt" and equals and not quoted:
         escaped = re.sub(r"(\\*)(\'|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
         return f"{key}='{escaped}'"
     return f"++{argument}" if equals and key.partition(".")[0] in _PARTS and "." in key else argument
@@ -65,7 +67,7 @@ def _guarded(run: Callable[[DictConfig], Any], console: Console) -> Callable[[Di
         try:
             result = run(config)
         except _USER_ERRORS as error:
-            console.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+            console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
             sys.exit(2)
         if isinstance(result, int) and result:
             sys.exit(result)

@@ -20,6 +20,8 @@ from specdec.sampling import Policy
 from specdec.target import PassOutput, Target
 from specdec.tree import TokenTree
 
+_DRAFT_STREAM = 0x2545F4914F6CDD1D
+
 
 @dataclass
 class Request:
@@ -79,7 +81,7 @@ def decode(
             with stats.phase("draft"):
                 tree = drafter.propose(state)
             with stats.phase("verify"):
-                step = verifier.verify(target, state, tree)
+                step = verifier.verify(target, state, tree, drafter.needs.taps)
             with stats.phase("commit"):
                 _commit(state, step)
                 target.keep(state.context, step.path)
@@ -94,7 +96,8 @@ def decode(
 def _begin(request: Request, device: torch.device) -> DecodeState:
     ids, rows = request.input_ids, request.input_ids.shape[0]
     known = [row[pad:] for row, pad in zip(ids.tolist(), request.padding, strict=True)]
-    generator = torch.Generator().manual_seed(request.seed)
+    # Another stream than the uniforms', which the proposals must not depend on.
+    generator = torch.Generator("cpu").manual_seed(request.seed ^ _DRAFT_STREAM)
     root = torch.zeros(rows, dtype=torch.int64, device=device)
     return DecodeState(request.policy, History(known), root, [0] * rows, [False] * rows, generator)
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,9 @@ from specdec.sampling import Policy
 from specdec.target import Target
 
 _KEY = "_specdec"
+# Whether the running generate() has come to _sample; each thread and task sees its own.
+_ENTERED: ContextVar[bool] = ContextVar("specdec_entered", default=False)
+_MODEL_OF: WeakKeyDictionary[Drafter, weakref.ref[Any]] = WeakKeyDictionary()
 Model = TypeVar("Model", bound=Any)
 
 
@@ -40,11 +46,9 @@ class Speculation:
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier) -> None:
         self.target, self.drafter, self.verifier = target, drafter, verifier
-        self.verifier.taps = tuple(drafter.needs.taps)  # type: ignore[attr-defined]
         self.stats = self._new_stats()
         self.last = self._new_stats()
         self.observers: list[Callable[[DecodeState, Step], None]] = []
-        self.entered = False
         self._busy = threading.Lock()
         self._warned: set[str] = set()
 
@@ -121,6 +125,7 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
     reason = capabilities.why_not(inner)
     if reason is not None:
         raise ValueError(f"{type(inner).__name__} ({inner.config.model_type}) cannot run token trees: {reason}")
+    _refuse_shared(drafter, inner)
     target = Target(inner)
     # What the drafter allocates outlives a caller's inference mode.
     with _evaluating(inner), torch.inference_mode(False):
@@ -128,9 +133,21 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
+    _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))
     return model
+
+
+def _refuse_shared(drafter: Drafter, model: Any) -> None:
+    """Raise ValueError where another model speculates with this very drafter: what it learnt is that model's."""
+    bound = _MODEL_OF.get(drafter)
+    other = None if bound is None else bound()
+    handle = None if other is None or other is model else other.__dict__.get(_KEY)
+    if handle is not None and handle.drafter is drafter:
+        raise ValueError(
+            f"this drafter ({drafter.name!r}) serves another model already; build one for each, or restore() that model"
+        )
 
 
 def restore(model: Model) -> Model:
@@ -145,8 +162,9 @@ def restore(model: Model) -> Model:
 @contextmanager
 def plainly(model: Any) -> Iterator[None]:
     """Within the block ``model.generate`` is plain; the speculation comes back as it was, drafter state included."""
-    inner = unwrap(model)
-    handle, speculating = inner.__dict__.pop(_KEY), type(inner)
+    handle, inner = speculation_of(model), unwrap(model)
+    del inner.__dict__[_KEY]
+    speculating = type(inner)
     inner.__class__ = speculating.__mro__[1]
     try:
         yield
@@ -208,17 +226,23 @@ def _speculating(base: Any) -> type:
         handle: Speculation | None = self.__dict__.get(_KEY)
         if handle is None:  # a method bound before ``restore``
             return base.generate(self, *args, **kwargs)
-        handle.entered = False
-        result = base.generate(self, *args, **kwargs)
-        if not handle.entered:
+        mark = _ENTERED.set(False)
+        try:
+            result = base.generate(self, *args, **kwargs)
+            entered = _ENTERED.get()
+        finally:
+            _ENTERED.reset(mark)
+        if not entered:
             handle.warn_once(
                 "this generation mode does not speculate (beams, an assistant, ...): it ran as transformers does"
             )
         return result
 
     def _sample(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        handle: Speculation = self.__dict__[_KEY]
-        handle.entered = True
+        handle: Speculation | None = self.__dict__.get(_KEY)
+        if handle is None:  # restored half way, or within ``plainly``
+            return base._sample(self, input_ids, **kwargs)
+        _ENTERED.set(True)
         with handle.busy():
             return _route(self, base, handle, input_ids, **kwargs)
 

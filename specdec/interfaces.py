@@ -192,12 +192,14 @@ class AcceptanceRule(Protocol):
     Attributes:
         name: as in reports.
         lossless: whether the emitted law is the target's own.
+        samples: whether it is for sampling (it needs uniforms) or for greedy decoding.
         on_path: whether p is only ever asked for along the walk, in order. Rules that need p elsewhere (recursive
             rejection, typical acceptance) cannot be combined with logits processors that keep state.
     """
 
     name: str
     lossless: bool
+    samples: bool
     on_path: bool
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:
@@ -262,6 +264,6 @@ class Verifier(Protocol):
         """The token of the prefill: ``logits [B, V]`` after the prompt."""
         ...
 
-    def verify(self, target: Target, state: DecodeState, tree: TokenTree) -> Verification:
-        """One pass over ``tree``, then acceptance and stop rules; nothing is committed."""
+    def verify(self, target: Target, state: DecodeState, tree: TokenTree, taps: Sequence[Tap] = ()) -> Verification:
+        """One pass over ``tree``, then acceptance and stop rules; nothing is committed. ``taps``: states to record."""
         ...

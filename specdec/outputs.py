@@ -15,9 +15,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.decoding import Request, Step
 from specdec.interfaces import DecodeState
 from specdec.metrics import SpeculationStats
-from specdec.routing import FULL
+from specdec.routing import FULL, Route
 from specdec.target import PassOutput, Target
 from specdec.tree import TokenTree, chain
+
+_FILL = 128  # positions of padding per pass: bounds the mask and the logits
 
 
 @dataclass
@@ -142,20 +144,22 @@ class Recorder:
         policy, context = state.policy, state.context
         assert context is not None
         longest = max(state.emitted)
-        missing = [longest - count for count in state.emitted]
-        if not any(missing):
-            return
-        width = max(missing)
-        pads = torch.full((state.batch_size, width - 1), policy.pad_token_id or 0, device=target.device)
-        tree = TokenTree(torch.cat([state.root[:, None], pads], dim=1), chain(width, target.device))
-        context.budgets = missing
-        output = target.run(context, tree, route=FULL)
-        target.keep(context, [list(range(count)) for count in missing])
-        self._record_filling(state, output, missing, longest)
+        fed = list(state.emitted)
+        root = state.root
+        while min(fed) < longest:
+            counts = [min(longest - count, _FILL) for count in fed]
+            pads = torch.full((state.batch_size, max(counts) - 1), policy.pad_token_id or 0, device=target.device)
+            tree = TokenTree(torch.cat([root[:, None], pads], dim=1), chain(max(counts), target.device))
+            context.budgets = counts
+            output = target.run(context, tree, route=FULL if self.logits or self.scores else Route(logits=False))
+            target.keep(context, [list(range(count)) for count in counts])
+            self._record_filling(state, output, fed, counts)
+            fed = [done + count for done, count in zip(fed, counts, strict=True)]
+            root = torch.full_like(root, policy.pad_token_id or 0)
 
-    def _record_filling(self, state: DecodeState, output: PassOutput, missing: list[int], longest: int) -> None:
-        policy = state.policy
-        for row, count in enumerate(missing):
+    def _record_filling(self, state: DecodeState, output: PassOutput, fed: list[int], counts: list[int]) -> None:
+        """Take in a stretch of padding: ``counts[b]`` positions of row b from ``fed[b]`` on."""
+        for row, count in enumerate(counts):
             nodes = list(range(count))
             if self.logits is not None:
                 self.logits[row].extend(output.logits[row, nodes].float())
@@ -165,13 +169,12 @@ class Recorder:
             return
         # The text is complete, so asking the processors once more cannot change it.
         full = torch.cat([self.request.input_ids, self._rectangle(state)], dim=1)
-        for position in range(longest - max(missing), longest):
-            rows = [row for row, count in enumerate(missing) if longest - count <= position]
-            nodes = [position - (longest - missing[row]) for row in rows]
-            logits = torch.zeros(state.batch_size, output.logits.shape[-1], device=output.logits.device)
-            logits[rows] = output.logits[rows, nodes].float()
-            scores = logits
-            for processor in policy.processors:
+        ends = [start + count for start, count in zip(fed, counts, strict=True)]
+        for position in range(min(fed), max(ends)):
+            rows = [row for row, end in enumerate(ends) if fed[row] <= position < end]
+            scores = torch.zeros(state.batch_size, output.logits.shape[-1], device=output.logits.device)
+            scores[rows] = output.logits[rows, [position - fed[row] for row in rows]].float()
+            for processor in state.policy.processors:
                 scores = processor(full[:, : self.request.input_ids.shape[1] + position], scores)
             for row in rows:
                 self.scores[row].append(scores[row])

@@ -55,14 +55,13 @@ def _repetition_penalty(processor: Any, row: int) -> Any:
 
 def _encoder_repetition(processor: Any, row: int) -> Any:
     clone = copy.copy(processor)
-    rows = processor.encoder_input_ids.shape[0]
-    clone.encoder_input_ids = processor.encoder_input_ids[row % rows : row % rows + 1]
+    clone.encoder_input_ids = processor.encoder_input_ids[row : row + 1]
     return clone
 
 
 def _encoder_no_repeat(processor: Any, row: int) -> Any:
     clone = copy.copy(processor)
-    clone.generated_ngrams = [processor.generated_ngrams[row % processor.batch_size]]
+    clone.generated_ngrams = [processor.generated_ngrams[row]]
     clone.batch_size = 1
     return clone
 
@@ -70,6 +69,12 @@ def _encoder_no_repeat(processor: Any, row: int) -> Any:
 def _prefix_constrained(processor: Any, row: int) -> Any:
     allowed = processor._prefix_allowed_tokens_fn
     return type(processor)(lambda _, ids: allowed(row, ids), 1)
+
+
+def _prompts_of(processor: Any) -> int | None:
+    """Number of prompts that an encoder processor knows; None for the others."""
+    ids = getattr(processor, "encoder_input_ids", None)
+    return getattr(processor, "batch_size", None) if ids is None else ids.shape[0]
 
 
 def _by_name(table: dict[str, Callable[[Any, int], Any]]) -> dict[type, Callable[[Any, int], Any]]:
@@ -115,16 +120,18 @@ class Uniforms:
 
     def __init__(self, batch_size: int, seed: int) -> None:
         self._generators = [
-            torch.Generator().manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63) for row in range(batch_size)
+            torch.Generator("cpu").manual_seed((seed + row * 0x9E3779B97F4A7C15) % 2**63) for row in range(batch_size)
         ]
-        self._drawn = torch.empty(batch_size, 0, dtype=torch.float64)
+        self._drawn = torch.empty(batch_size, 0, dtype=torch.float64, device="cpu")
 
     def take(self, starts: Sequence[int], count: int, device: torch.device) -> Tensor:
         """float64 ``[B, count]``: row b from output position ``starts[b]`` on."""
         while self._drawn.shape[1] < max(starts) + count:
-            block = [torch.rand(_UNIFORM_BLOCK, generator=g, dtype=torch.float64) for g in self._generators]
+            block = [
+                torch.rand(_UNIFORM_BLOCK, generator=g, dtype=torch.float64, device="cpu") for g in self._generators
+            ]
             self._drawn = torch.cat([self._drawn, torch.stack(block)], dim=1)
-        positions = torch.tensor(starts)[:, None] + torch.arange(count)
+        positions = torch.tensor(starts, device="cpu")[:, None] + torch.arange(count, device="cpu")
         return self._drawn.gather(1, positions).to(device)
 
 
@@ -188,6 +195,8 @@ class Policy:
         if kinds <= _IGNORE_IDS and stops <= _SIMPLE_CRITERIA:
             return True, False
         by_row = kinds <= _ROWS_ARE_INDEPENDENT | FOR_ROW.keys() and stops <= _ROW_CRITERIA
+        # Several sequences per prompt share its entry here, in ways of each processor's own.
+        by_row &= all(_prompts_of(p) in (None, batch) for p in self.processors)
         # Without an EOS criterion plain generate lets a stopped row go on until all rows have stopped.
         by_row &= self.has_eos or stops <= _SIMPLE_CRITERIA
         return False, batch > 1 and not by_row

@@ -46,6 +46,7 @@ class Topology:
     def __init__(self, parents: Tensor, max_depth: int) -> None:
         self.parents = parents
         self.max_depth = max_depth
+        self._additive: dict[torch.dtype, Tensor] = {}
 
     @property
     def num_nodes(self) -> int:
@@ -78,11 +79,10 @@ class Topology:
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         """``[1 or B, 1, N, N]``: 0 where a node sees another, ``finfo.min`` elsewhere (-inf breaks eager attention)."""
-        masks: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_additive", {})
-        if dtype not in masks:
+        if dtype not in self._additive:
             mask = torch.zeros(self.ancestors.shape, dtype=dtype, device=self.parents.device)
-            masks[dtype] = mask.masked_fill_(~self.ancestors, torch.finfo(dtype).min).unsqueeze(1)
-        return masks[dtype]
+            self._additive[dtype] = mask.masked_fill_(~self.ancestors, torch.finfo(dtype).min).unsqueeze(1)
+        return self._additive[dtype]
 
     def to(self, device: torch.device) -> Topology:
         """The same shape on another device (itself where it is there already)."""
@@ -237,8 +237,8 @@ class Template:
             parents.append(index[path[:-1]])
         depths = [0, *(len(path) for path in ordered)]
         levels = tuple(slice(depths.index(d), depths.index(d) + depths.count(d)) for d in range(1, depths[-1] + 1))
-        ranks = torch.tensor([0, *(path[-1] for path in ordered)])
-        return cls(Topology(torch.tensor([parents]), depths[-1]), ranks, levels)
+        ranks = torch.tensor([0, *(path[-1] for path in ordered)], device="cpu")
+        return cls(Topology(torch.tensor([parents], device="cpu"), depths[-1]), ranks, levels)
 
     def to(self, device: torch.device) -> Template:
         """The same template with its tensors on ``device``."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.audit import Audit, Divergence, Row, audit, first_difference
+from specdec.audit import Audit, Divergence, Pair, Row, audit, first_difference
 
 
 class Scripted:
@@ -19,9 +19,8 @@ class Scripted:
         self.steps, self.noise = steps, noise
 
     def __call__(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        length = input_ids.shape[1]
-        pad = length - self.steps.shape[0]
-        logits = torch.cat([torch.zeros(pad, self.steps.shape[1]), self.steps])
+        emitted = input_ids.shape[1] - PROMPT.shape[1] + 1  # the last token of the text is not fed
+        logits = torch.cat([torch.zeros(PROMPT.shape[1] - 1, self.steps.shape[1]), self.steps[:emitted]])
         shaken = logits + self.noise * torch.tensor([1.0, -1.0, 0.0])
         return SimpleNamespace(logits=shaken[None])
 
@@ -33,7 +32,7 @@ PLAIN = torch.tensor([[7, 8, 0, 1, 1]])
 
 def judged(ours: list[int], noise: float) -> Audit:
     text = torch.tensor([[7, 8, *ours]])
-    return audit(Scripted(STEPS, noise), [PROMPT], lambda _: (PLAIN, STEPS), lambda _: text)
+    return audit(Scripted(STEPS, noise), [Pair(2, PLAIN, STEPS, text)])
 
 
 def test_identical_texts() -> None:
@@ -58,15 +57,12 @@ def test_the_same_difference_without_rounding_is_a_bug() -> None:
 
 @pytest.mark.parametrize("ours", [[2, 1, 1], [0, 2, 1], [0, 1]])
 def test_wrong_tokens_and_short_texts_are_bugs(ours: list[int]) -> None:
-    steps = STEPS[: len(ours)]
-    text = torch.tensor([[7, 8, *ours]])
-    result = (
-        audit(Scripted(steps, 0.03), [PROMPT], lambda _: (PLAIN, STEPS[:3]), lambda _: text) if len(ours) == 3 else None
-    )
-    if result is None:
-        assert first_difference([0, 1, 1], ours) == 2
-    else:
-        assert len(result.mismatches) == 1
+    assert len(judged(ours, noise=0.03).mismatches) == 1
+
+
+def test_first_difference() -> None:
+    assert first_difference([0, 1], [0, 1]) is None
+    assert first_difference([0, 1, 1], [0, 1]) == first_difference([0, 1], [0, 1, 1]) == 2
 
 
 def test_the_bound_is_the_largest_rounding_of_any_row() -> None:

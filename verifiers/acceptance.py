@@ -40,6 +40,7 @@ class Greedy:
 
     name = "greedy"
     lossless = True
+    samples = False
     on_path = True
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's signature
@@ -59,14 +60,17 @@ class TargetSampling:
 
     name = "target_sampling"
     lossless = True
+    samples = True
     on_path = True
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:
+        """-1 where the scores are no distribution (NaN, or nothing left to choose from)."""
         assert uniforms is not None, "sampling needs uniforms"
         cdf = scores.float().softmax(-1).double().cumsum(-1)
         token = torch.searchsorted(cdf, (uniforms * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
         # Rounding can leave u * total on the last step; the last token with mass is then the right one.
-        return torch.minimum(token, torch.searchsorted(cdf, cdf[..., -1:].contiguous()).squeeze(-1))
+        token = torch.minimum(token, torch.searchsorted(cdf, cdf[..., -1:].contiguous()).squeeze(-1))
+        return torch.where(cdf[..., -1].isfinite(), token, -1)
 
     def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
         assert uniforms is not None, "sampling needs uniforms"

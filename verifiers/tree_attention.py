@@ -28,28 +28,28 @@ class TreeVerifier:
 
     def __init__(self, rule: AcceptanceRule | None = None) -> None:
         self.rule = rule
-        self.taps: Sequence[Tap] = ()
-
-    @property
-    def lossless(self) -> bool:
-        """Whether the text is the target's own."""
-        return self.rule is None or self.rule.lossless
 
     def first(self, target: Target, state: DecodeState, logits: Tensor) -> Verification:
         """The token of the prefill, ``logits [B, V]``: a tree of which only the root has been computed."""
         return self._decide(state, root_only(state.root), PassOutput(logits[:, None]), target.device)
 
-    def verify(self, target: Target, state: DecodeState, tree: TokenTree) -> Verification:
+    def verify(self, target: Target, state: DecodeState, tree: TokenTree, taps: Sequence[Tap] = ()) -> Verification:
         """One pass over ``tree``, then acceptance and stop rules."""
         assert state.context is not None, "the prompt has not been read"
         layer, states = tree.entry or (0, None)
         route = Route(lo=layer) if tree.entry else FULL
-        output = target.run(state.context, tree, route=route, states=states, taps=self.taps)
+        output = target.run(state.context, tree, route=route, states=states, taps=taps)
         return self._decide(state, tree, output, target.device)
 
     def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput, device: torch.device) -> Verification:
         policy = state.policy
         rule = self.rule or (Greedy() if policy.uniforms is None else TargetSampling())
+        if rule.samples != (policy.uniforms is not None):
+            wanted, got = ("sampling", "greedy") if rule.samples else ("greedy decoding", "sampled")
+            raise ValueError(
+                f"acceptance rule {rule.name!r} is for {wanted}, the request is {got}; leave it out to have the right"
+                " one"
+            )
         uniforms = policy.draw_ahead(tree.topology.max_depth + 1, device)
         if policy.vectorised:
             step = self._vectorised(rule, state, tree, output, uniforms)
@@ -60,6 +60,8 @@ class TreeVerifier:
                     f"{policy.needs_ids or 'a stopping criterion'} cannot give; use the default rule with it"
                 )
             step = _walk_lazily(rule, state, tree, output.logits, uniforms)
+        if any(-1 in tokens for tokens in step.tokens):
+            raise RuntimeError("probability tensor contains inf or nan, or no token is left to choose from")
         step.states, step.hidden_states = output.states, output.hidden_states
         return step
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import GenerationConfig
 
+from specdec.audit import Pair
 from specdec.build import build, build_drafter, build_verifier
-from specdec.generation import attach
+from specdec.generation import attach, plainly
 from specdec.loading import Loaded
 
 
@@ -17,6 +19,8 @@ class Session:
     """One target with one drafter, as a config describes them."""
 
     def __init__(self, config: DictConfig) -> None:
+        if OmegaConf.is_missing(config.target, "path"):
+            raise ValueError("target=hf needs a model: target.path=FOLDER_OR_HUB_ID")
         plain = OmegaConf.to_container(config, resolve=True)
         assert isinstance(plain, dict)
         self.config: dict[str, Any] = {str(key): value for key, value in plain.items()}
@@ -40,28 +44,52 @@ class Session:
         return attach(self.model, build_drafter(self.config["drafter"]), verifier)
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``generate`` that the config sets."""
-        temperature = self.config.get("temperature") or 0
-        options: dict[str, Any] = {"max_new_tokens": self.config["max_new_tokens"], "do_sample": temperature > 0}
+        """Keyword arguments of ``generate`` that the config sets.
+
+        Raises:
+            ValueError: a value that is no number, or out of range.
+        """
+        temperature, new_tokens = self.config["temperature"] or 0, self.config["max_new_tokens"]
+        if not isinstance(temperature, int | float) or temperature < 0:
+            raise ValueError(f"expected temperature >= 0 (0 = greedy), got {temperature!r}")
+        if not isinstance(new_tokens, int):
+            raise ValueError(f"expected max_new_tokens to be a whole number, got {new_tokens!r}")
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
-            options |= {
-                key: self.config[key] for key in ("temperature", "top_k", "top_p") if self.config.get(key) is not None
-            }
+            set_ = [key for key in ("temperature", "top_k", "top_p") if self.config[key] is not None]
+            options |= {key: self.config[key] for key in set_}
         return options
 
     def generate(self, ids: Tensor, **extra: Any) -> Any:
         """``model.generate`` with the config's options on ids ``[1, W]``."""
-        torch.manual_seed(self.config.get("seed", 0))
+        torch.manual_seed(self.config["seed"])
         mask = torch.ones_like(ids)
         return self.model.generate(input_ids=ids, attention_mask=mask, **self.options(), **extra)
 
+    def without_processors(self) -> None:
+        """Drop what the model's own generation config adds (penalties, ...): the audit judges argmaxes."""
+        own = self.model.generation_config
+        kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.model.generation_config = GenerationConfig(**kept)
+
+    def pair(self, ids: Tensor, speculative: Tensor) -> Pair:
+        """Decode a prompt plainly, for the audit of a speculative text of it."""
+        with plainly(self.model):
+            output = self.generate(ids, return_dict_in_generate=True, output_logits=True)
+        return Pair(ids.shape[1], output.sequences, torch.stack([step[0] for step in output.logits]), speculative)
+
+    def show_token(self, token: int) -> str:
+        """A token as text; -1 is the end of the text."""
+        return repr(self.loaded.tokenizer.decode([token])) if token >= 0 else "the end"
+
     def prompts(self) -> list[str]:
-        """The configured prompts, as a list.
+        """The configured prompts; ``prompt`` goes before the ``prompts`` of a recipe.
 
         Raises:
             ValueError: there is none.
         """
-        prompts = self.config.get("prompts") or self.config.get("prompt")
+        prompts = self.config["prompt"] or self.config["prompts"]
         if not prompts:
             raise ValueError('no prompt; give prompt="..." or prompts=[...]')
-        return [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = prompts if isinstance(prompts, list) else [prompts]
+        return [str(text) for text in texts]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from specdec.audit import Audit, audit
+from specdec.audit import audit
 from specdec.commands._session import Session
 from specdec.demo.view import verdict
-from specdec.generation import plainly, speculation_of
+from specdec.generation import speculation_of
 
 
 def run(config: DictConfig) -> int:
@@ -25,7 +22,10 @@ def run(config: DictConfig) -> int:
     if session.options()["do_sample"]:
         raise ValueError(f"the audit compares greedy texts; got temperature={config.temperature}, expected 0")
     ids = [session.loaded.encode(prompt, config.chat) for prompt in session.prompts()]
-    result = _run(session, track(ids, "auditing", console=Console(stderr=True), transient=True))
+    session.speculate()
+    session.without_processors()
+    bar = track(ids, "auditing", console=Console(stderr=True), transient=True)
+    result = audit(session.model, (session.pair(row, session.generate(row)) for row in bar))
     stats = speculation_of(session.model).stats
     table = Table(
         title=f"audit of {stats.drafter} on {session.loaded.name}, {session.model.dtype}",
@@ -42,9 +42,7 @@ def run(config: DictConfig) -> int:
     table.add_row("positions that flip in the control, no drafter involved", str(result.control_flips))
     table.add_row("mean accepted tokens", f"{stats.mean_accepted_tokens:.2f}")
     console.print(table)
-    for line in verdict(
-        result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"
-    ):
+    for line in verdict(result, session.show_token):
         console.print(line)
     if not stats.lossless:
         console.print("[yellow]the acceptance rule is lossy by design[/yellow]")
@@ -57,14 +55,3 @@ def run(config: DictConfig) -> int:
         }
         Path(config.output).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 1 if result.mismatches else 0
-
-
-def _run(session: Session, prompts: Iterable[Tensor]) -> Audit:
-    session.speculate()
-
-    def plain(ids: Tensor) -> tuple[Tensor, Tensor]:
-        with plainly(session.model):
-            output = session.generate(ids, return_dict_in_generate=True, output_logits=True)
-        return output.sequences, torch.stack([step[0] for step in output.logits])
-
-    return audit(session.model, prompts, plain, session.generate)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from specdec.audit import Audit, audit
+from specdec.audit import audit
 from specdec.commands._session import Session
 from specdec.demo.view import PlainStream, SpeculativeView, comparison, legend, verdict
 from specdec.generation import plainly, speculation_of
@@ -40,22 +38,21 @@ def _show(session: Session, console: Console, ids: list[Tensor]) -> int:
 
 
 def _compare(session: Session, console: Console, ids: list[Tensor]) -> int:
+    session.without_processors()
     handle = speculation_of(session.model)
-    plain, plain_seconds, tokens = [], 0.0, [0, 0]
+    plain_seconds, seconds, tokens, ours = 0.0, 0.0, [0, 0], []
     with plainly(session.model):
         session.generate(ids[0])  # warm-up: the first passes of a process pay for its allocations
         for prompt, row in zip(session.prompts(), ids, strict=True):
             console.rule(f"plain: {escape(prompt.splitlines()[0][:60])}", align="left")
             view = PlainStream(console, session.loaded.tokenizer)
             start = time.perf_counter()
-            output = session.generate(row, streamer=view, return_dict_in_generate=True, output_logits=True)
+            text = session.generate(row, streamer=view)
             plain_seconds += time.perf_counter() - start - view.seconds
-            tokens[0] += output.sequences.shape[1] - row.shape[1]
-            plain.append(output)
+            tokens[0] += text.shape[1] - row.shape[1]
     session.generate(ids[0])
     handle.reset()
     console.print(legend(handle.drafter.name))
-    seconds, ours = 0.0, []
     for prompt, row in zip(session.prompts(), ids, strict=True):
         console.rule(f"{handle.drafter.name}: {escape(prompt.splitlines()[0][:60])}", align="left")
         text, spent = _speculative(session, console, row)
@@ -64,14 +61,10 @@ def _compare(session: Session, console: Console, ids: list[Tensor]) -> int:
         ours.append(text)
     console.print(comparison(plain_seconds, seconds, (tokens[0], tokens[1]), handle.stats))
     if session.options()["do_sample"]:
-        console.print(
-            "sampled texts follow the same law but differ from plain's: the random numbers are drawn otherwise"
-        )
+        console.print("sampled texts follow the same law; they differ from plain's, whose random numbers are others")
         return 0
-    result = _audit(session, ids, plain, ours)
-    for line in verdict(
-        result, lambda token: session.loaded.tokenizer.decode([token]) if token >= 0 else "end of text"
-    ):
+    result = audit(session.model, [session.pair(row, text) for row, text in zip(ids, ours, strict=True)])
+    for line in verdict(result, session.show_token):
         console.print(line)
     return 1 if result.mismatches and handle.stats.lossless else 0
 
@@ -86,14 +79,3 @@ def _speculative(session: Session, console: Console, row: Tensor) -> tuple[Tenso
     handle.observers = []
     view.end()
     return text, spent
-
-
-def _audit(session: Session, ids: list[Tensor], plain: list[Any], ours: list[Tensor]) -> Audit:
-    texts = iter(zip(plain, ours, strict=True))
-    pair: dict[str, Any] = {}
-
-    def plain_text(_: Tensor) -> tuple[Tensor, Tensor]:
-        output, pair["ours"] = next(texts)
-        return output.sequences, torch.stack([step[0] for step in output.logits])
-
-    return audit(session.model, ids, plain_text, lambda _: pair["ours"])

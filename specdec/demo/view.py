@@ -101,9 +101,7 @@ def verdict(audit: Any, decode: Any) -> Sequence[Text]:
         if row.divergence is None:
             continue
         kind = "mismatch" if row in audit.mismatches else "near-tie"
-        pair = " and ".join(
-            repr(decode(token)) for token in (row.divergence.plain_token, row.divergence.speculative_token)
-        )
+        pair = " and ".join(decode(token) for token in (row.divergence.plain_token, row.divergence.speculative_token))
         lines.append(
             Text(
                 f"  prompt {index + 1}: {kind} at token {row.divergence.position}: {pair}, {row.divergence.gap:.4f} "
