@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,32 +135,36 @@ def total(tallies: Sequence[Tally], keep: Sequence[bool]) -> Tally:
     return result
 
 
-def forward_seconds(model: Any, ids: Tensor, width: int, repeats: int = 30) -> float:
-    """Median seconds of the raw forward over ``width`` tokens behind the prompt, with transformers' own cache."""
-    times = []
+def forward_seconds(model: Any, ids: Tensor, widths: Sequence[int], repeats: int = 40) -> dict[int, float]:
+    """Median seconds of the raw forward over so many tokens behind ``ids``, with transformers' own cache, in turns."""
+    times: dict[int, list[float]] = {width: [] for width in widths}
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        new = ids[:, :1].expand(-1, width)
-        for _ in range(repeats):
+        for _, width in ((turn, width) for turn in range(repeats) for width in widths):
+            new = ids[:, :1].expand(-1, width)
             start = time.perf_counter()
             model(new, past_key_values=cache, use_cache=True)
-            times.append(time.perf_counter() - start)
+            times[width].append(time.perf_counter() - start)
             cache.crop(-width)
-    return statistics.median(times)
+    return {width: statistics.median(spent) for width, spent in times.items()}
 
 
-def step_seconds(model: Any, ids: Tensor, repeats: int = 5) -> float:
-    """Median seconds per decode step of ``generate``, prefill taken off, EOS ignored."""
+def step_seconds(model: Any, ids: Tensor, repeats: int = 9) -> dict[str, float]:
+    """Median seconds per decode step of plain ``generate`` and of ``none``, in turns; prefill taken off, EOS ignored."""
     steps = 64
     options: dict[str, Any] = {"eos_token_id": None, "max_new_tokens": steps + 1}
-    times = []
+    times: dict[str, list[float]] = {"generate": [], "none": []}
+    specdec.speculate(model, drafter="none")
     for _ in range(repeats):
-        start = time.perf_counter()
-        generate(model, ids, **options)
-        middle = time.perf_counter()
-        generate(model, ids, **{**options, "max_new_tokens": 1})
-        times.append((2 * middle - start - time.perf_counter()) / steps)
-    return statistics.median(times)
+        for name, spent in times.items():
+            with nullcontext() if name == "none" else plainly(model):
+                start = time.perf_counter()
+                generate(model, ids, **options)
+                middle = time.perf_counter()
+                generate(model, ids, **{**options, "max_new_tokens": 1})
+                spent.append((2 * middle - start - time.perf_counter()) / steps)
+    specdec.restore(model)
+    return {name: statistics.median(spent) for name, spent in times.items()}
 
 
 def loop_share(model: Any, ids: Tensor, mask: Tensor) -> float:
@@ -222,10 +226,9 @@ def measure(gsm8k: Path, rows: int) -> dict[str, Any]:
     fast = loaded["bfloat16"]
     ids = fast.encode(texts[0])
     tallies, loops = run_methods(loaded, texts)
-    forward = {width: forward_seconds(fast.model, ids, width) for width in (1, 11, NODES)}
-    steps = {"generate": step_seconds(fast.model, ids)}
-    specdec.speculate(fast.model, drafter="none")
-    steps["none"] = step_seconds(fast.model, ids)
+    middle = torch.cat([ids, generate(fast.model, ids, max_new_tokens=NEW_TOKENS // 2)[:, ids.shape[1] :]], dim=1)
+    forward = forward_seconds(fast.model, middle, (1, 11, NODES))
+    steps = step_seconds(fast.model, ids)
     specdec.speculate(fast.model, drafter="token_recycling", **DRAFTERS["token_recycling"])
     batch = _batch([fast.encode(text) for text in texts[:8]], fast.tokenizer.pad_token_id)
     shares = {"batch 1": loop_share(fast.model, ids, torch.ones_like(ids)), "batch 8": loop_share(fast.model, *batch)}
@@ -258,13 +261,15 @@ def _summary(
         if name in DRAFTERS:
             row["mean_accepted_tokens"] = accepted
         if name == "token_recycling":
-            row["reached_of_allowed"] = row["speedup_vs_generate"] / (accepted * forward[1] / forward[NODES])
+            # Both sides of this one are bfloat16, as t is.
+            own = tally.rate / sums["generate bfloat16"].rate
+            row["reached_of_allowed"] = own / (accepted * forward[1] / forward[NODES])
         table[name] = row
     return table
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of the README."""
+    """The section of the README: non-looping rows first, all rows in brackets."""
     lines = ["| method | mean accepted tokens | vs `generate` | vs transformers' prompt lookup |", "|---|---|---|---|"]
     for name in result["all_rows"]:
         cells = []
@@ -272,6 +277,21 @@ def markdown(result: dict[str, Any]) -> str:
             pair = [result[rows][name].get(key) for rows in ("non_looping_rows", "all_rows")]
             cells.append("" if pair[0] is None else f"{pair[0]:.2f} ({pair[1]:.2f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    steps, forward, shares = result["step_ms"], result["forward_ms"], result["loop_share_at_25_nodes"]
+    recycling = result["non_looping_rows"]["token_recycling"]
+    lines += [
+        "",
+        f"- looping rows: {100 * result['looping_share']:.0f} % of {result['rows']}",
+        f"- `token_recycling` reaches {100 * recycling['reached_of_allowed']:.0f} % of what its accepted tokens allow "
+        f"(accepted tokens x t(1)/t({NODES}) of the raw bfloat16 forward: t({NODES})/t(1) = "
+        f"{forward[NODES] / forward[1]:.2f}), against bfloat16 `generate`",
+        f"- a step of `none` takes {steps['none'] / steps['generate']:.3f} of a step of `generate`, bfloat16; the raw "
+        f"forward {forward[1] / steps['generate']:.3f}",
+        f"- everything but the target's forward: {100 * shares['batch 1']:.1f} % of a step of {NODES} nodes, batch 1, "
+        f"and {100 * shares['batch 8']:.1f} % at batch 8",
+        "- float32, rows equal to `generate`: "
+        + "; ".join(f"{k}: {v}" for k, v in result["float32_identical"].items()),
+    ]
     return "\n".join(lines)
 
 
@@ -281,9 +301,11 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, default=Path("../shared/data/gsm8k/train.jsonl"))
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--drafter", action="append", default=[], help="a further name in conf/drafter; repeatable")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    DRAFTERS.update({name: {} for name in arguments.drafter})
     result = measure(arguments.gsm8k, arguments.rows)
     console.print_json(json.dumps(result))
     console.print(markdown(result), markup=False)

@@ -56,18 +56,24 @@ class Loaded:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def demo_target(dtype: str = "bfloat16") -> Loaded:
-    """The embedded demo target: a small Llama trained by ``scripts/train_demo_target.py``."""
+def demo_target(dtype: str = "bfloat16", device: str | None = None) -> Loaded:
+    """The embedded demo target: a small Llama trained by ``scripts/train_demo_target.py``.
+
+    Args:
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: such as ``cpu`` or ``cuda:0``; None = CUDA where there is one.
+    """
     if not (DEMO_FOLDER / "config.json").is_file():
         raise FileNotFoundError(
             f"the demo target is missing from {DEMO_FOLDER}; make it with scripts/train_demo_target.py"
         )
-    return _load(str(DEMO_FOLDER), "demo", dtype)
+    return _load(str(DEMO_FOLDER), "demo", dtype, device)
 
 
 def hf_target(
     path: str,
     dtype: str = "auto",
+    device: str | None = None,
     device_map: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -78,7 +84,8 @@ def hf_target(
     Args:
         path: a local folder or a hub id.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16``, ...
-        device_map: as in ``from_pretrained``, such as ``auto`` or ``cuda:0``; None = the CPU.
+        device: such as ``cpu`` or ``cuda:0``; None = CUDA where there is one.
+        device_map: as in ``from_pretrained``, such as ``auto``, in place of ``device``; needs accelerate.
         attn_implementation: ``sdpa`` or ``eager``; None = the model's default.
         revision: of the hub repository.
         trust_remote_code: run code that comes with the model; off unless asked for.
@@ -91,12 +98,13 @@ def hf_target(
         str(Path(path).expanduser()) if path.startswith("~") else path,
         Path(path).name,
         dtype,
+        device,
         trust_remote_code=trust_remote_code,
         **known,
     )
 
 
-def _load(path: str, name: str, dtype: str, **options: Any) -> Loaded:
+def _load(path: str, name: str, dtype: str, device: str | None, **options: Any) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -106,4 +114,6 @@ def _load(path: str, name: str, dtype: str, **options: Any) -> Loaded:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
     )
+    if "device_map" not in options:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Loaded(model.eval(), tokenizer, name)

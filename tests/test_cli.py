@@ -78,6 +78,10 @@ MISTAKES = {
     "no prompt": (["generate"], "no prompt"),
     "empty prompt": (["generate", "prompt=", "chat=false"], "no prompt"),
     "too long a prompt": (["generate", f"prompt={'a b ' * 3000}"], "reads at most 2048"),
+    "no path": (["generate", "prompt=x", "target=hf"], "target.path=FOLDER_OR_HUB_ID"),
+    "no number": (["generate", "prompt=x", "max_new_tokens=abc"], "whole number"),
+    "negative temperature": (["generate", "prompt=x", "temperature=-1"], "temperature >= 0"),
+    "rule for the other mode": (["generate", "prompt=x", "acceptance=target_sampling"], "leave it out"),
     "no such folder": (["generate", "prompt=x", "target=hf", "target.path=./nowhere"], "names no folder"),
     "no new tokens": (["generate", "prompt=x", "max_new_tokens=0"], "max_new_tokens"),
     "sampled audit": (["audit", "temperature=1"], "expected 0"),
@@ -98,6 +102,18 @@ def test_a_mistake_is_named(mistake: str, capsys: pytest.CaptureFixture[str], mo
     said = capsys.readouterr().err
     assert expected in said
     assert "Traceback" not in said
+
+
+def test_one_prompt_goes_before_the_recipes_own(tmp_path: Path) -> None:
+    output = tmp_path / "audit.json"
+    assert specdec("audit", "prompt='tis odd: [", f"output={output}", *SMALL).returncode == 0
+    assert OmegaConf.load(output).rows == 1
+
+
+def test_help_goes_to_standard_output() -> None:
+    done = specdec("--help")
+    assert done.returncode == 0
+    assert "generate" in done.stdout
 
 
 def test_the_choices_are_those_of_the_folder() -> None:
