@@ -1,14 +1,12 @@
 """Token Recycling: candidates that a pass computed and threw away become the next draft (Luo et al., 2408.08696).
 
 An adjacency matrix remembers, for every token, its k most likely successors when it was last seen. The draft is a
-static
-tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of every
-pass, accepted or not, rewrites its token's row.
+static tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of
+every pass, accepted or not, rewrites its token's row.
 
 Differences from the authors' code, where it falls short of what the method means: prompt positions write rows at
 prefill (theirs throws prefill logits away); duplicates within a pass follow a stated rule instead of scatter order;
-successors
-not seen yet are padding, not token 0; sampling is exact instead of ignored.
+successors not seen yet are padding, not token 0; sampling is exact instead of ignored.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def forward_seconds(model: Any, ids: Tensor, widths: Sequence[int], repeats: int
 
 
 def step_seconds(model: Any, ids: Tensor, repeats: int = 9) -> dict[str, float]:
-    """Median seconds per decode step of plain ``generate`` and of ``none``, in turns; prefill taken off, EOS ignored."""
+    """Median seconds per decode step of plain ``generate`` and of ``none``, in turns, without prefill and EOS."""
     steps = 64
     options: dict[str, Any] = {"eos_token_id": None, "max_new_tokens": steps + 1}
     times: dict[str, list[float]] = {"generate": [], "none": []}

@@ -1,10 +1,10 @@
 """Is the output really the target's own? Plain and speculative text compared, rounding told from bugs.
 
-In float32 both are the same, token for token. In half precision a pass over several tokens rounds otherwise than a pass
-over one, so a near-tie may flip, with or without a drafter. The audit therefore measures a control on the same prompts:
-plain text scored step by step and again in one block, no drafter involved. A token that is not the target's argmax
-under teacher forcing is a *near-tie* where its gap is within what the control's rounding explains, a *mismatch*
-otherwise.
+In float32 both are the same, token for token. In half precision a pass over several tokens rounds otherwise than a
+pass over one, so a near-tie may flip, with or without a drafter. The audit therefore measures a control on the same
+prompts: plain text scored step by step and again in one block, no drafter involved. A token that is not the target's
+argmax under teacher forcing is a *near-tie* where its gap is within what the control's rounding explains, a
+*mismatch* otherwise.
 
 Shapes: P prompt tokens, T emitted tokens, V vocabulary. Gaps are differences of log-probabilities, in nats.
 """

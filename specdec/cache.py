@@ -2,8 +2,7 @@
 
 Row b's committed tokens lie in slots ``0..P_b-1``; there is no left padding, so rows are ragged. A pass says which
 slots it writes and how far it sees; a skipped attention simply writes nothing, so layers keep no counters. After a
-pass the
-rows of the accepted path are moved down in place.
+pass the rows of the accepted path are moved down in place.
 
 Shapes: B rows, Hkv key/value heads, D head size, N nodes, P committed tokens, K slots a pass sees.
 """

@@ -297,8 +297,8 @@ def _route(  # noqa: PLR0913 - transformers' own keywords
             streamer=streamer,
             **model_kwargs,
         )
-    # One draw from torch's global generator, so that set_seed governs; greedy decoding leaves it untouched, as plain
-    # does.
+    # One draw from torch's global generator, so that set_seed governs; greedy decoding
+    # leaves it untouched, as plain does.
     seed = int(torch.randint(2**62, (1,))) if generation_config.do_sample else None
     policy = Policy(input_ids, logits_processor, stopping_criteria, generation_config, seed)
     keep_cache = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)

@@ -2,8 +2,7 @@
 
 No modelling file is forked and no layer list is swapped (that is silently wrong on several families). Layers outside
 the range get an instance ``forward`` that passes the residual stream through, so the model's own embedding, masks,
-rotary
-tables, final norm, head, soft-cap and scaling all stay in force.
+rotary tables, final norm, head, soft-cap and scaling all stay in force.
 """
 
 from __future__ import annotations

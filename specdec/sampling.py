@@ -4,9 +4,8 @@ Three ways to ask for p, chosen once per request from the processors and stoppin
 
 - *vectorised*: processors that ignore the ids (temperature, top-k, top-p, ...) take all nodes of a tree at once;
 - *by row*: every other built-in runs lazily along each row's walk, one call per emitted token, on the left-padded ids;
-- *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's sequence
-of
-  calls: the whole batch, one position at a time; rows then advance together, by the shortest.
+- *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's
+  sequence of calls: the whole batch, one position at a time; rows then advance together, by the shortest.
 
 Shapes: B rows, N nodes, D depth, V vocabulary, W prompt columns.
 """
@@ -101,8 +100,8 @@ def why_plain(processors: Sequence[Any], generation_config: Any, batch_size: int
     wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
     if batch_size == 1 or not wants_scores or generation_config._eos_token_tensor is None:
         return None
-    # Plain generate shows such a processor the padding that rows emit after they stopped, and returns what it made of
-    # it.
+    # Plain generate shows such a processor the padding that rows emit after they stopped,
+    # and returns what it made of it.
     unknown = [type(p).__name__ for p in processors if type(p) not in _ROWS_ARE_INDEPENDENT | FOR_ROW.keys()]
     return f"output_scores of stopped rows after {unknown[0]}, which may keep state" if unknown else None
 

@@ -149,8 +149,8 @@ def _walk_group(
 
 
 def _stop(policy: Policy, step: Verification, rows: list[int], stopped: list[bool]) -> list[bool]:
-    # A stopped row pads where there is an EOS criterion; without one it goes on with real tokens until all have
-    # stopped.
+    # A stopped row pads where there is an EOS criterion; without one it goes on with real
+    # tokens until all have stopped.
     for row, done in zip(rows, stopped, strict=True):
         policy.stopped[row] = done
         step.finished[row] = done and (policy.has_eos or all(stopped))
