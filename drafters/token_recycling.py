@@ -20,7 +20,7 @@ from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import top_k
 from specdec.target import Target
-from specdec.tree import CANDIDATE, PADDING, Template, TokenTree
+from specdec.tree import PADDING, Template, TokenTree
 
 # Children by rank path of the parent, as counted from the authors' "2.2.2" tree: 80 nodes, depth 6.
 _PUBLISHED_CHILDREN = {
@@ -123,16 +123,13 @@ class TokenRecycling(BaseDrafter):
     def propose(self, state: DecodeState) -> TokenTree:
         """Fill the template level by level: one gather each."""
         assert self.matrix is not None
-        template, topology = self.template, self.template.topology
-        tokens = [state.root[:, None]]
-        for level in template.levels:
-            offset = level.start - tokens[-1].shape[1]
-            parents = tokens[-1][:, topology.parents[0, level] - offset]
-            tokens.append(self.matrix[parents, template.ranks[level]])
+        template, tokens = self.template, [state.root[:, None]]
+        for parents, ranks in template.levels:
+            tokens.append(self.matrix[tokens[-1].index_select(1, parents), ranks])
         filled = torch.cat(tokens, dim=1)
         # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
-        role = torch.where(filled >= 0, CANDIDATE, PADDING)
-        return TokenTree(filled.clamp(min=0), topology, role, sources=(self.name,), rank=template.ranks[None])
+        role = (filled < 0) * PADDING  # CANDIDATE is 0
+        return TokenTree(filled.clamp(min=0), template.topology, role, sources=(self.name,), rank=template.ranks[None])
 
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002
         """Every node rewrites its row; duplicates: accepted nodes first, then the shallowest, then the first."""
@@ -140,15 +137,14 @@ class TokenRecycling(BaseDrafter):
         successors = top_k(verification.logits, self.num_successors)
         last = verification.last_nodes(device)[:, None, None].expand(-1, 1, nodes)
         on_path = tree.topology.ancestors.expand(tree.batch_size, -1, -1).gather(1, last).squeeze(1)
-        depths = tree.topology.depths
-        worth = on_path * nodes * nodes + (nodes - depths) * nodes - torch.arange(nodes, device=device)
+        worth = on_path * (nodes * nodes) + tree.topology.seniority
         if tree.role is not None:
-            worth = torch.where(tree.role == PADDING, -1, worth)
+            worth = worth.masked_fill(tree.role == PADDING, -1)
         if any(verification.finished):
             # Nothing is learnt past a stop.
             rows = zip(verification.path, verification.finished, strict=True)
             emitted = torch.tensor([len(path) if done else nodes for path, done in rows], device=device)
-            worth = torch.where(depths < emitted[:, None], worth, -1)
+            worth = worth.masked_fill(tree.topology.depths >= emitted[:, None], -1)
         self._learn(tree.token_ids, successors, worth)
 
     def _learn(self, tokens: Tensor, successors: Tensor, worth: Tensor) -> None:
@@ -158,13 +154,14 @@ class TokenRecycling(BaseDrafter):
         index = torch.arange(count, device=tokens.device)
         # Rank and index share one number, so a maximum per token names its winner and ties go to the first.
         worth = worth.expand_as(tokens).reshape(-1)
-        entry = torch.where(worth >= 0, worth * count + count - 1 - index, -1)
-        tokens = torch.where(entry >= 0, tokens.reshape(-1), spare)
+        dropped = worth < 0
+        entry = (worth * count - index + (count - 1)).masked_fill_(dropped, -1)
+        tokens = tokens.reshape(-1).masked_fill(dropped, spare)
         best = torch.full((spare + 1,), -1, device=tokens.device).scatter_reduce_(0, tokens, entry, "amax")
         winner = count - 1 - best[tokens] % count
         # All duplicates write the winner's row, so the order of the scatter does not matter.
-        self.matrix[tokens] = successors.reshape(count, -1)[winner]
-        self.matrix[spare] = -1
+        self.matrix.index_copy_(0, tokens, successors.reshape(count, -1).index_select(0, winner))
+        self.matrix[spare].fill_(-1)
 
     def reset(self) -> None:
         """Forget every successor, those of a file that was given included."""

@@ -4,8 +4,8 @@ The corpus is GSM8K (chat format) and the short functions of the standard librar
 format where there is a docstring, plain text otherwise). A run is resumed from its newest checkpoint. The data read
 by step ``s`` are a pure function of the seed and ``s``, so a resumed run sees what an uninterrupted one would have.
 
-    python scripts/train_demo_target.py --steps 2000      # train, or go on; then export
-    torchrun --nproc-per-node 2 scripts/train_demo_target.py --steps 2000      # the same with two processes
+    python scripts/train_demo_target.py --steps 1900      # train, or go on; then export
+    torchrun --nproc-per-node 2 scripts/train_demo_target.py --steps 1900      # the same with two processes
     python scripts/train_demo_target.py --export          # write the newest checkpoint into the package
     python scripts/train_demo_target.py --evaluate        # held-out losses, share of loops, samples
 """
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo_target", help="checkpoint, tokenizer and log")
     parser.add_argument("--target", type=Path, default=TARGET, help="where the exported model goes")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", action="store_true", help="only write the newest checkpoint to --target")

@@ -209,10 +209,10 @@ class Policy:
         ]
 
     def warp(self, logits: Tensor) -> Tensor:
-        """Scores of all nodes at once: ``[B, N, V]`` -> float32 ``[B, N, V]`` (vectorised requests only)."""
+        """Scores of all nodes at once, float32 ``[B, N, V]`` -> ``[B, N, V]`` (vectorised requests only)."""
         if not self.processors:
-            return logits if self.uniforms is None and not self.wants_scores else logits.float()
-        flat = logits.reshape(-1, logits.shape[-1]).float()
+            return logits
+        flat = logits.reshape(-1, logits.shape[-1])
         unused = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
         for processor in self.processors:
             flat = processor(unused, flat)

@@ -6,6 +6,7 @@ times faster (25 rows of 8,192 bfloat16: argmax 1.1 ms, in blocks 0.09 ms on one
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _BLOCK = 64
@@ -16,23 +17,37 @@ def argmax(scores: Tensor) -> Tensor:
     """Index of the largest entry of each row, the first among equals: ``[..., V]`` -> int64 ``[...]``."""
     if not _in_blocks(scores):
         return scores.float().argmax(-1)
-    blocks = scores.float().unflatten(-1, (-1, _BLOCK))
+    blocks, maxima = _blocks(scores)
     # The first block that holds the maximum, and the first place of it in there.
-    best = blocks.amax(-1).argmax(-1, keepdim=True)
-    inside = blocks.gather(-2, best.unsqueeze(-1).expand(*best.shape, _BLOCK)).squeeze(-2).argmax(-1, keepdim=True)
-    return (best * _BLOCK + inside).squeeze(-1)
+    best = maxima.argmax(-1, keepdim=True)
+    inside = _take(blocks, best).argmax(-1, keepdim=True)
+    return (best * _BLOCK + inside).view(scores.shape[:-1])
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of each row, largest first: ``[..., V]`` -> int64 ``[..., k]``."""
     if not _in_blocks(scores) or k * _BLOCK >= scores.shape[-1]:
         return scores.topk(k).indices
-    blocks = scores.float().unflatten(-1, (-1, _BLOCK))
+    blocks, maxima = _blocks(scores)
     # The k largest entries lie in the k blocks with the largest maxima.
-    best = blocks.amax(-1).topk(k).indices
-    short = blocks.gather(-2, best.unsqueeze(-1).expand(*best.shape, _BLOCK)).flatten(-2)
-    place = short.topk(k).indices
-    return best.gather(-1, place // _BLOCK) * _BLOCK + place % _BLOCK
+    best = maxima.topk(k).indices
+    place = _take(blocks, best).topk(k).indices
+    chosen = best.gather(1, place // _BLOCK) * _BLOCK + place % _BLOCK
+    return chosen.view(*scores.shape[:-1], k)
+
+
+def _blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """All blocks ``[R * V/block, block]`` of the R rows, and their maxima ``[R, V/block]``."""
+    blocks = scores.float().reshape(-1, scores.shape[-1] // _BLOCK, _BLOCK)
+    return blocks.view(-1, _BLOCK), blocks.amax(-1)
+
+
+def _take(blocks: Tensor, best: Tensor) -> Tensor:
+    """The entries of the blocks ``best [R, m]`` of each row, ``[R, m * block]``."""
+    rows, count = best.shape
+    per_row = blocks.shape[0] // rows
+    first = torch.arange(0, rows * per_row, per_row, device=best.device)
+    return blocks.index_select(0, (best + first[:, None]).view(-1)).view(rows, count * _BLOCK)
 
 
 def _in_blocks(scores: Tensor) -> bool:

@@ -65,9 +65,22 @@ class Topology:
         return reach > 0
 
     @cached_property
+    def steps(self) -> Tensor:
+        """bool ``[1 or B, N, N]``: ancestors without the root, which no walk can miss."""
+        steps = self.ancestors.clone()
+        steps[:, :, 0] = False
+        return steps
+
+    @cached_property
     def depths(self) -> Tensor:
         """int64 ``[1 or B, N]``, root = 0."""
         return self.ancestors.sum(-1) - 1
+
+    @cached_property
+    def seniority(self) -> Tensor:
+        """int64 ``[1 or B, N]``, all different and positive: larger for shallower nodes, then for earlier ones."""
+        nodes = torch.arange(self.num_nodes, device=self.parents.device)
+        return (self.num_nodes - self.depths) * self.num_nodes - nodes
 
     @cached_property
     def paths(self) -> Tensor:
@@ -208,12 +221,12 @@ class Template:
     Attributes:
         topology: ``parents [1, N]`` in breadth-first order.
         ranks: rank of every node among its siblings, root 0; int64 ``[N]``.
-        levels: for each depth 1..D, the slice of nodes at it.
+        levels: for each depth 1..D, its nodes' parents, counted within the level above, and their ranks.
     """
 
     topology: Topology
     ranks: Tensor
-    levels: tuple[slice, ...]
+    levels: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> Template:
@@ -236,13 +249,19 @@ class Template:
             index[path] = len(parents)
             parents.append(index[path[:-1]])
         depths = [0, *(len(path) for path in ordered)]
-        levels = tuple(slice(depths.index(d), depths.index(d) + depths.count(d)) for d in range(1, depths[-1] + 1))
         ranks = torch.tensor([0, *(path[-1] for path in ordered)], device="cpu")
-        return cls(Topology(torch.tensor([parents], device="cpu"), depths[-1]), ranks, levels)
+        above = torch.tensor(parents, device="cpu")
+        starts = [depths.index(d) for d in range(depths[-1] + 1)] + [len(depths)]
+        levels = tuple(
+            (above[start:stop] - before, ranks[start:stop])
+            for before, start, stop in zip(starts, starts[1:], starts[2:], strict=False)
+        )
+        return cls(Topology(above[None], depths[-1]), ranks, levels)
 
     def to(self, device: torch.device) -> Template:
         """The same template with its tensors on ``device``."""
-        return Template(self.topology.to(device), self.ranks.to(device), self.levels)
+        levels = tuple((parents.to(device), ranks.to(device)) for parents, ranks in self.levels)
+        return Template(self.topology.to(device), self.ranks.to(device), levels)
 
     @property
     def num_nodes(self) -> int:

@@ -71,7 +71,8 @@ def test_template() -> None:
     parents = [0, 0, 0, 0, 1, 1, 2, 4]
     assert template.topology.parents.tolist() == [parents]
     assert template.ranks.tolist() == [0, 0, 1, 2, 0, 1, 0, 0]
-    assert template.levels == (slice(1, 4), slice(4, 7), slice(7, 8))
+    levels = [(above.tolist(), ranks.tolist()) for above, ranks in template.levels]
+    assert levels == [([0, 0, 0], [0, 1, 2]), ([0, 0, 1], [0, 1, 0]), ([0], [0])]
     assert (template.num_nodes, template.width, template.topology.max_depth) == (8, 3, 3)
     assert template.to(torch.device("cpu")).topology is template.topology
     alone = Template.from_paths([])

@@ -43,6 +43,7 @@ class TreeVerifier:
 
     def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput, device: torch.device) -> Verification:
         policy = state.policy
+        output.logits = output.logits.float()  # once, for the rule and for whoever learns from them
         rule = self.rule or (Greedy() if policy.uniforms is None else TargetSampling())
         if rule.samples != (policy.uniforms is not None):
             wanted, got = ("sampling", "greedy") if rule.samples else ("greedy decoding", "sampled")

@@ -44,8 +44,9 @@ class Problem:
 class Function:
     """One function or method of the standard library, dedented to column 0.
 
-    ``header`` is the signature with the docstring (all of the source that precedes the first real statement),
-    ``summary`` the first line of the docstring, or ``""``.
+    ``header`` is the signature with the docstring: all of the source that precedes the first real statement, without
+    the last line break, which belongs to the same token as the indentation after it. ``summary`` is the first line of
+    the docstring, or ``""``.
     """
 
     name: str
@@ -150,7 +151,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
     body_start = node.body[1].lineno if docstring and len(node.body) > 1 else node.body[0].lineno
     if docstring and len(node.body) == 1 or body_start <= node.lineno:
         return None  # Nothing would be left to write after the header.
-    header = "".join(source.splitlines(keepends=True)[: body_start - node.lineno])
+    header = "\n".join(source.splitlines()[: body_start - node.lineno])
     summary = docstring.strip().splitlines()[0].strip() if docstring.strip() else ""
     signature = f"{node.name}({ast.unparse(node.args)})"
     return Function(node.name, signature, summary, header, source)

@@ -19,7 +19,7 @@ PLAIN, DRAFTED, OWN = "white", "bold green", "bold yellow"
 
 
 class TextView:
-    """Prints the first row of a batch token by token; time spent printing is kept apart from time spent decoding.
+    """Prints the first row of a batch as it grows; time spent printing is kept apart from time spent decoding.
 
     Args:
         console: where to.
@@ -32,14 +32,20 @@ class TextView:
         self._ids: list[int] = []
         self._shown = ""
 
-    def show(self, token: int, style: str) -> None:
-        """Print one token; bytes of an unfinished character wait for their rest."""
+    def show(self, tokens: Sequence[tuple[int, str]]) -> None:
+        """Print tokens with their styles; bytes of an unfinished character wait for their rest."""
         start = time.perf_counter()
-        self._ids.append(token)
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.console.print(Text(text[len(self._shown) :], style=style), end="", soft_wrap=True)
-            self._shown = text
+        pieces = []
+        for token, style in tokens:
+            self._ids.append(token)
+            text = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):
+                pieces.append((text[len(self._shown) :], style))
+                # A few tokens of context are enough to know how the next one joins on.
+                self._ids = self._ids[-4:]
+                self._shown = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        if pieces:
+            self.console.print(Text.assemble(*pieces), end="", soft_wrap=True)
         self.seconds += time.perf_counter() - start
 
     def end(self) -> None:
@@ -57,7 +63,7 @@ class PlainStream(TextView):
     def put(self, value: torch.Tensor) -> None:
         """The prompt comes first and is not shown."""
         if self._prompt_seen:
-            self.show(int(value.flatten()[0]), PLAIN)
+            self.show([(int(value.flatten()[0]), PLAIN)])
         self._prompt_seen = True
 
 
@@ -67,8 +73,7 @@ class SpeculativeView(TextView):
     def observe(self, state: DecodeState, step: Step) -> None:  # noqa: ARG002 - the observer's signature
         """Show what one step emitted."""
         tokens, accepted = step.verification.tokens[0], step.verification.accepted[0]
-        for index, token in enumerate(tokens):
-            self.show(token, DRAFTED if index < accepted else OWN)
+        self.show([(token, DRAFTED if index < accepted else OWN) for index, token in enumerate(tokens)])
 
 
 def legend(drafter: str) -> Text:
