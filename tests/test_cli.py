@@ -61,6 +61,13 @@ def test_demo_compares_and_is_exact_in_float32() -> None:
         assert row in done.stdout
 
 
+def test_a_picture_needs_no_network(tmp_path: Path) -> None:
+    picture = tmp_path / "shown.svg"
+    assert specdec("generate", f"prompt={PROMPT}", f"picture={picture}", *SMALL).returncode == 0
+    assert 'url("http' not in picture.read_text(encoding="utf-8")
+    assert "specdec" in picture.read_text(encoding="utf-8")
+
+
 def test_audit_passes_and_writes_its_rows(tmp_path: Path) -> None:
     output = tmp_path / "audit.json"
     done = specdec("audit", f"output={output}", "drafter=prompt_lookup", *SMALL)

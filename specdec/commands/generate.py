@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -17,12 +19,14 @@ from specdec.generation import plainly, speculation_of
 
 def run(config: DictConfig) -> int:
     """Decode every prompt. Returns 1 where a compared text is neither identical nor a near-tie."""
-    session, console = Session(config), Console(record=config.picture is not None)
+    session, console = Session(config), Console(record=config.picture is not None, highlight=False)
     ids = [session.loaded.encode(prompt, config.chat) for prompt in session.prompts()]
     session.speculate()
     code = (_compare if config.compare else _show)(session, console, ids)
     if config.picture is not None:
-        console.save_svg(config.picture, title="specdec")
+        # Rich names fonts on a server; the picture should need no network.
+        picture = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="specdec"), flags=re.DOTALL)
+        Path(config.picture).write_text(picture, encoding="utf-8")
     return code
 
 

@@ -15,7 +15,7 @@ from specdec.decoding import Step
 from specdec.interfaces import DecodeState
 from specdec.metrics import PHASES, SpeculationStats
 
-PLAIN, DRAFTED, OWN = "white", "bold green", "bold yellow"
+PLAIN, DRAFTED, OWN = "white", "bold cyan", "bold yellow"
 
 
 class TextView:
