@@ -47,17 +47,22 @@ def plain(family: str, *lengths: int) -> tuple[dict[str, Tensor], Tensor]:
     return zoo.clear_prompts(model_of(family), len(lengths), NEW_TOKENS, lengths)
 
 
+def speculated(model: Any, drafter: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The greedy text with a drafter; the model is plain again afterwards."""
+    specdec.speculate(model, drafter)
+    try:
+        return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    finally:
+        specdec.restore(model)
+
+
 @pytest.mark.parametrize("drafter", ["none", "prompt_lookup", "token_recycling"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_greedy_text(family: str, drafter: str) -> None:
     model = model_of(family)
     for lengths in ((13,), zoo.LENGTHS, (9, 9)):
         inputs, expected = plain(family, *lengths)
-        specdec.speculate(model, drafter)
-        try:
-            got = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        finally:
-            specdec.restore(model)
+        got = speculated(model, drafter, inputs)
         assert got.tolist() == expected.tolist()
 
 
@@ -100,11 +105,7 @@ def probe(family: str, look: Callable[[Target, Context, TokenTree, list[Any]], N
         seen.append(list(context.lengths))
 
     drafter = Probe(expected[:, inputs["input_ids"].shape[1] :].tolist(), once_ragged)
-    specdec.speculate(model, drafter)
-    try:
-        got = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    finally:
-        specdec.restore(model)
+    got = speculated(model, drafter, inputs)
     assert got.tolist() == expected.tolist()
     assert len(seen) > 3
     assert len({after - before for after, before in zip(seen[3], seen[0], strict=True)}) > 1, "rows drift apart"
