@@ -130,7 +130,6 @@ def test_a_row_that_stopped_long_before_the_others() -> None:
     """Its padding is fed in stretches; the returned cache and scores equal plain's."""
     model = zoo.build("llama")
     model.config.max_position_embeddings = 1024
-    ids_of(model)
     text = run(model, do_sample=False, max_new_tokens=150)
     stop = next(t for t in text[0, 12:20].tolist() if t not in text[1, 9:].tolist())
     arguments = {"do_sample": False, "max_new_tokens": 150, "eos_token_id": stop, "pad_token_id": 0}
