@@ -172,6 +172,8 @@ class TokenTree:
 
     def candidates_by_depth(self) -> Tensor:
         """int64 ``[B, D]``: number of candidates at depths 1..D."""
+        if self.num_nodes == 1:
+            return self.token_ids[:, :0]
         depths = self.topology.depths.expand(self.batch_size, -1)
         alive = torch.ones_like(depths) if self.candidates is None else self.candidates.long()
         counts = alive.new_zeros(self.batch_size, self.topology.max_depth + 1)
