@@ -118,8 +118,9 @@ class TokenRecycling(BaseDrafter):
         first = prefill.token_ids.shape[1] - columns
         column = torch.arange(first, first + columns, device=device)
         real = column >= torch.tensor(prefill.padding, device=device)[:, None]
-        self._learn(tokens, prefill.top_k[:, -columns:], torch.where(real, column, -1))
+        self._learn(tokens, prefill.top_k[:, -columns:], torch.where(real, column + 1, -1))
 
+    @torch.inference_mode()
     def propose(self, state: DecodeState) -> TokenTree:
         """Fill the template level by level: one gather each."""
         assert self.matrix is not None
@@ -131,13 +132,12 @@ class TokenRecycling(BaseDrafter):
         role = (filled < 0) * PADDING  # CANDIDATE is 0
         return TokenTree(filled.clamp(min=0), template.topology, role, sources=(self.name,), rank=template.ranks[None])
 
+    @torch.inference_mode()
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002
         """Every node rewrites its row; duplicates: accepted nodes first, then the shallowest, then the first."""
         nodes, device = tree.num_nodes, tree.token_ids.device
         successors = top_k(verification.logits, self.num_successors)
-        last = verification.last_nodes(device)[:, None, None].expand(-1, 1, nodes)
-        on_path = tree.topology.ancestors.expand(tree.batch_size, -1, -1).gather(1, last).squeeze(1)
-        worth = on_path * (nodes * nodes) + tree.topology.seniority
+        worth = tree.topology.at(tree.topology.precedence, verification.last_nodes(device))
         if tree.role is not None:
             worth = worth.masked_fill(tree.role == PADDING, -1)
         if any(verification.finished):
@@ -148,19 +148,20 @@ class TokenRecycling(BaseDrafter):
         self._learn(tree.token_ids, successors, worth)
 
     def _learn(self, tokens: Tensor, successors: Tensor, worth: Tensor) -> None:
-        """``successors [B, T, k]`` to the rows of ``tokens [B, T]``; the worthiest duplicate wins, below 0 none."""
+        """``successors [B, T, k]`` to the rows of ``tokens [B, T]``.
+
+        Of equal tokens the one of the largest ``worth [B, T]`` writes, among equals that of the first row. A worth
+        below 0 does not write; others are positive and differ within a row.
+        """
         assert self.matrix is not None
-        spare, count = self.matrix.shape[0] - 1, tokens.numel()
-        index = torch.arange(count, device=tokens.device)
-        # Rank and index share one number, so a maximum per token names its winner and ties go to the first.
-        worth = worth.expand_as(tokens).reshape(-1)
-        dropped = worth < 0
-        entry = (worth * count - index + (count - 1)).masked_fill_(dropped, -1)
-        tokens = tokens.reshape(-1).masked_fill(dropped, spare)
-        best = torch.full((spare + 1,), -1, device=tokens.device).scatter_reduce_(0, tokens, entry, "amax")
-        winner = count - 1 - best[tokens] % count
-        # All duplicates write the winner's row, so the order of the scatter does not matter.
-        self.matrix.index_copy_(0, tokens, successors.reshape(count, -1).index_select(0, winner))
+        spare, batch = self.matrix.shape[0] - 1, tokens.shape[0]
+        if batch > 1:
+            worth = worth * batch + torch.arange(batch - 1, -1, -1, device=tokens.device)[:, None]
+        tokens, worth = tokens.reshape(-1), worth.reshape(-1)
+        best = torch.zeros_like(self.matrix[:, 0]).scatter_reduce_(0, tokens, worth, "amax")
+        # Exactly one entry writes each row, whatever the order of the writes; the others go to the spare one.
+        rows = torch.where(best.index_select(0, tokens) == worth, tokens, spare)
+        self.matrix.index_copy_(0, rows, successors.reshape(len(rows), -1))
         self.matrix[spare].fill_(-1)
 
     def reset(self) -> None:

@@ -35,15 +35,23 @@ class _Slab:
         grown[:, :, :, : self.storage.shape[3]] = self.storage
         self.storage = grown
 
+    def rows(self, slots: Tensor) -> Tensor:
+        """Slots ``[B, m]`` as rows of one layer seen as ``[B * Hkv * capacity, D]``: int64 ``[B * Hkv * m]``."""
+        _, batch, heads, capacity, _ = self.storage.shape
+        first = torch.arange(0, batch * heads * capacity, capacity, device=self.storage.device)
+        return (first.view(batch, heads, 1) + slots.to(self.storage.device)[:, None]).view(-1)
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots ``source [B, m]`` to slots ``target [B, m]`` in every layer (the whole path is read first)."""
-        groups, batch, heads, _, dim = self.storage.shape
-        if batch == 1:
+        if self.storage.shape[1] == 1:
             self.storage.index_copy_(3, target[0], self.storage.index_select(3, source[0]))
             return
-        shape = (groups, batch, heads, source.shape[1], dim)
-        moved = self.storage.gather(3, source[None, :, None, :, None].expand(shape))
-        self.storage.scatter_(3, target[None, :, None, :, None].expand(shape), moved)
+        # By whole rows of D numbers: a gather along the slots would fetch every number by an index of its own.
+        groups, dim = self.storage.shape[0], self.storage.shape[4]
+        flat = self.storage.view(-1, dim)
+        first = torch.arange(0, flat.shape[0], flat.shape[0] // groups, device=flat.device)[:, None]
+        moved = flat.index_select(0, (first + self.rows(source)).view(-1))
+        flat.index_copy_(0, (first + self.rows(target)).view(-1), moved)
 
 
 class TreeLayer(CacheLayerMixin):
@@ -75,10 +83,8 @@ class TreeLayer(CacheLayerMixin):
             self.keys[:, :, owner.slots : end] = key_states
             self.values[:, :, owner.slots : end] = value_states
         else:
-            index = owner.slots.to(self.keys.device)[:, None, :, None]
-            # Autocast may have computed them in another dtype than the prefill's.
-            self.keys.scatter_(2, index.expand_as(key_states), key_states.to(self.keys.dtype))
-            self.values.scatter_(2, index.expand_as(value_states), value_states.to(self.values.dtype))
+            _write(self.keys, owner.rows(self._key_place[0]), key_states)
+            _write(self.values, owner.rows(self._value_place[0]), value_states)
         return self.keys[:, :, :span], self.values[:, :, :span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
@@ -89,6 +95,13 @@ class TreeLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _write(layer: Tensor, rows: Tensor, states: Tensor) -> None:
+    """Put ``states [B, Hkv, N, D]`` into rows of a layer seen as ``[B * Hkv * capacity, D]``."""
+    dim = states.shape[-1]
+    # Autocast may have computed them in another dtype than the prefill's.
+    layer.view(-1, dim).index_copy_(0, rows, states.reshape(-1, dim).to(layer.dtype))
 
 
 class TreeCache(Cache):
@@ -118,6 +131,7 @@ class TreeCache(Cache):
         self.capacity = _bucket(max(reserve, self.columns))
         self.span, self.width = self.columns, 0
         self.slots: int | Tensor = 0
+        self._rows: dict[_Slab, Tensor] = {}
         self._slabs: list[_Slab] = []
         super().__init__(layers=self._allocate(prefilled))
         for source, layer in zip(prefilled.layers, self.layers, strict=True):
@@ -161,6 +175,14 @@ class TreeCache(Cache):
     def begin(self, slots: int | Tensor, width: int, span: int) -> None:
         """Announce a pass: it writes ``slots`` and sees slots ``0..span-1``."""
         self.slots, self.width, self.span = slots, width, span
+        self._rows.clear()
+
+    def rows(self, slab: _Slab) -> Tensor:
+        """Where the running pass writes in a slab, by row of D numbers; the same for all of the slab's layers."""
+        if slab not in self._rows:
+            assert isinstance(self.slots, Tensor)
+            self._rows[slab] = slab.rows(self.slots)
+        return self._rows[slab]
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers."""

@@ -156,7 +156,7 @@ def _paths_alone(target: Target, template: Template, prompt: Tensor, nodes: Tens
 def _bare_context(target: Target, prefilled: Any, width: int) -> Context:
     columns = prefilled.get_seq_length()
     template = {"position_ids": torch.tensor([[columns]], device=target.device), "use_cache": True}
-    return Context(TreeCache(prefilled, None, columns + width), template, [columns], [columns], [2**31])
+    return Context(TreeCache(prefilled, None, columns + width), template, [columns], [columns], [2**31], target.dtype)
 
 
 def why_plain(

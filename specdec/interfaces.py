@@ -54,6 +54,7 @@ class Context:
         base_lengths: P_b when the template was made.
         lengths: P_b now, on the host.
         budgets: tokens each row may still emit; no node is positioned beyond what plain decoding would feed.
+        dtype: of the attention masks.
     """
 
     cache: TreeCache
@@ -61,6 +62,7 @@ class Context:
     base_lengths: list[int]
     lengths: list[int]
     budgets: list[int]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -146,7 +148,8 @@ class Verification:
         tokens: the tokens each row emitted: those of ``path[b][1:]``, then one more, the target's own.
         finished: whether each row has stopped, after this step.
         was_finished: whether each row had stopped before this step (it emitted nothing).
-        logits: float32 ``[B, N, V]`` of all nodes, before any processor.
+        logits: float32 ``[B, N, V]`` of all nodes, before any processor. Like ``states`` an inference tensor: read it,
+            never write into it.
         offered: candidates of each row's tree at depths 1..D; on the host.
         states: tap -> ``[B, N, H]`` of all nodes, feed-only ones included.
         scores: processed scores float32 of the emitted tokens per row, ``[n_b, V]``; only where the caller wants them.

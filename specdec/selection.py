@@ -6,6 +6,8 @@ times faster (25 rows of 8,192 bfloat16: argmax 1.1 ms, in blocks 0.09 ms on one
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,14 @@ def _blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _take(blocks: Tensor, best: Tensor) -> Tensor:
     """The entries of the blocks ``best [R, m]`` of each row, ``[R, m * block]``."""
     rows, count = best.shape
-    per_row = blocks.shape[0] // rows
-    first = torch.arange(0, rows * per_row, per_row, device=best.device)
-    return blocks.index_select(0, (best + first[:, None]).view(-1)).view(rows, count * _BLOCK)
+    index = best if rows == 1 else best + _first_blocks(rows, blocks.shape[0] // rows)
+    return blocks.index_select(0, index.view(-1)).view(rows, count * _BLOCK)
+
+
+@lru_cache(maxsize=64)
+def _first_blocks(rows: int, per_row: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(0, rows * per_row, per_row, device="cpu")[:, None]
 
 
 def _in_blocks(scores: Tensor) -> bool:

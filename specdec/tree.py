@@ -77,10 +77,20 @@ class Topology:
         return self.ancestors.sum(-1) - 1
 
     @cached_property
-    def seniority(self) -> Tensor:
-        """int64 ``[1 or B, N]``, all different and positive: larger for shallower nodes, then for earlier ones."""
+    def nodes_by_depth(self) -> Tensor:
+        """int64 ``[1 or B, D+1]``: number of nodes at depths 0..D."""
+        counts = self.depths.new_zeros(self.depths.shape[0], self.max_depth + 1)
+        return counts.scatter_add_(1, self.depths, torch.ones_like(self.depths))
+
+    @cached_property
+    def precedence(self) -> Tensor:
+        """int64 ``[1 or B, N, N]``: entry (l, n) ranks node n after a walk that ended at node l.
+
+        Larger for nodes on the path to l, then for shallower ones, then for earlier ones; all different and positive.
+        """
         nodes = torch.arange(self.num_nodes, device=self.parents.device)
-        return (self.num_nodes - self.depths) * self.num_nodes - nodes
+        seniority = (self.num_nodes - self.depths) * self.num_nodes - nodes
+        return self.ancestors * self.num_nodes**2 + seniority.unsqueeze(1)
 
     @cached_property
     def paths(self) -> Tensor:
@@ -89,6 +99,12 @@ class Topology:
         # Parents precede children, so the ancestors of a node in ascending order are its path.
         ordered = torch.where(self.ancestors, nodes, self.num_nodes).sort(-1).values[..., : self.max_depth + 1]
         return torch.where(ordered == self.num_nodes, -1, ordered)
+
+    def at(self, table: Tensor, nodes: Tensor) -> Tensor:
+        """Rows of a table ``[1 or B, N, m]`` of this topology, one for each of ``nodes [B]``: ``[B, m]``."""
+        if table.shape[0] == 1:
+            return table[0].index_select(0, nodes)
+        return table[torch.arange(table.shape[0], device=table.device), nodes]
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         """``[1 or B, 1, N, N]``: 0 where a node sees another, ``finfo.min`` elsewhere (-inf breaks eager attention)."""
@@ -165,7 +181,7 @@ class TokenTree:
         """int64 ``[B, N]``."""
         return self.topology.parents.expand(self.batch_size, -1)
 
-    @property
+    @cached_property
     def candidates(self) -> Tensor | None:
         """bool ``[B, N]``: the nodes that may be accepted; None where all of them may."""
         return None if self.role is None else self.role == CANDIDATE
@@ -174,10 +190,11 @@ class TokenTree:
         """int64 ``[B, D]``: number of candidates at depths 1..D."""
         if self.num_nodes == 1:
             return self.token_ids[:, :0]
+        if self.candidates is None:
+            return self.topology.nodes_by_depth[:, 1:].expand(self.batch_size, -1)
         depths = self.topology.depths.expand(self.batch_size, -1)
-        alive = torch.ones_like(depths) if self.candidates is None else self.candidates.long()
-        counts = alive.new_zeros(self.batch_size, self.topology.max_depth + 1)
-        return counts.scatter_add_(1, depths, alive)[:, 1:]
+        counts = depths.new_zeros(self.batch_size, self.topology.max_depth + 1)
+        return counts.scatter_add_(1, depths, self.candidates.long())[:, 1:]
 
     def check(self) -> None:
         """Raise AssertionError where the invariants of the contract do not hold (tests and debugging; synchronises)."""

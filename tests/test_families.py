@@ -66,6 +66,16 @@ def test_greedy_text(family: str, drafter: str) -> None:
         assert got.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_a_model_can_be_trained_after_it_has_speculated(family: str) -> None:
+    """Passes run in inference mode; nothing that such a pass made may stay behind in the model."""
+    model = copy.deepcopy(model_of(family))
+    inputs, _ = plain(family, 13)
+    speculated(model, "token_recycling", inputs)
+    model(input_ids=inputs["input_ids"]).logits.float().logsumexp(-1).sum().backward()
+    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in model.parameters())
+
+
 class Probe(BaseDrafter):
     """Proposes a tree whose first branch is right at first and whose other nodes are random; looks into the target."""
 

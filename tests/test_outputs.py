@@ -101,6 +101,7 @@ def assert_close(got: Any, expected: Any) -> None:
     """The same structure of tuples, the same shapes and dtypes, values within 1e-4."""
     if isinstance(expected, Tensor):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert not got.is_inference(), "what plain generate returns may be trained on"
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         return
     assert (type(got), len(got)) == (type(expected), len(expected))

@@ -25,12 +25,10 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
     topology = tree.topology
     hit = chosen.gather(1, tree.parents) == tree.token_ids
     if tree.candidates is not None:
-        hit &= tree.candidates
+        hit = hit & tree.candidates
     # A node is reached when no node on its path, itself included, is missed; at most one per depth is.
-    missed = (topology.steps & ~hit[:, None]).any(-1)
-    last = topology.depths.masked_fill(missed, -1).argmax(-1)
-    paths = topology.paths.expand(tree.batch_size, -1, -1)
-    path = paths.gather(1, last[:, None, None].expand(-1, 1, paths.shape[2])).squeeze(1)
+    missed = (topology.steps > hit[:, None]).any(-1)
+    path = topology.at(topology.paths, topology.depths.masked_fill(missed, -1).argmax(-1))
     return Walk(path, chosen.gather(1, path.clamp(min=0)))
 
 

@@ -70,11 +70,12 @@ class TreeVerifier:
         self, rule: AcceptanceRule, state: DecodeState, tree: TokenTree, output: PassOutput, uniforms: Tensor | None
     ) -> Verification:
         policy = state.policy
-        scores = policy.warp(output.logits)
-        walk = rule.accept(tree, scores, uniforms)
-        width = walk.path.shape[1]
-        wanted = [walk.path, walk.tokens, tree.candidates_by_depth()]
-        rows = torch.cat(wanted, dim=1).tolist()  # the step's one device-to-host synchronisation
+        with torch.inference_mode():
+            scores = policy.warp(output.logits)
+            walk = rule.accept(tree, scores, uniforms)
+            width = walk.path.shape[1]
+            wanted = [walk.path, walk.tokens, tree.candidates_by_depth()]
+            rows = torch.cat(wanted, dim=1).tolist()  # the step's one device-to-host synchronisation
         late = policy.out_of_time()
         paths, tokens, finished, offered = [], [], [], []
         for row, values in enumerate(rows):
