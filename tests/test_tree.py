@@ -110,7 +110,7 @@ def test_pad_rows_where_nothing_is_padded() -> None:
     assert full.role is None
     assert full.topology is from_host([[0, 0, 1]])
     empty = pad_rows(root, [[], []], [[], []])
-    assert empty.topology is chain(1)
+    assert empty.topology is chain(1, root.device)
     assert empty.token_ids.tolist() == [[4], [0]]
 
 
