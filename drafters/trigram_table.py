@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 WAYS = 8
-_FIRST_BITS = 7  # 1024 pairs to begin with
-_ODD, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
+_FIRST_BITS = 10  # 8192 pairs to begin with
+_FIRST, _SECOND, _WORD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 2**64 - 1  # odd, bits without pattern
 _STATE = {"pairs": torch.int64, "successors": torch.int32, "scores": torch.float32, "learnt": torch.int64}
 
 
@@ -64,7 +64,7 @@ class TrigramTable:
 
     def successors(self, first: int, second: int) -> tuple[list[int], list[float]]:
         """Tokens that followed ``(first, second)`` and their scores, the best first; empty where the pair is new."""
-        row = self._find(first << 32 | second)
+        row = self._find(first, second)
         if row < 0:
             return [], []
         tokens = self._tokens[row].tolist()
@@ -77,34 +77,34 @@ class TrigramTable:
             return
         self._clock += 1
         for first, second, third in zip(text, text[1:], text[2:], strict=False):
-            pair = first << 32 | second
-            row = self._find(pair)
+            row = self._find(first, second)
             if row < 0:
-                row = self._insert(pair)
+                row = self._insert(first, second)
             self._learnt[row] = self._clock
             tokens, scores = self._tokens[row], self._scores[row]
             known = tokens.tolist()
             if third in known:
                 place = known.index(third)
-                score = min(float(scores[place]) + step, cap)
+                scores[place] = min(float(scores[place]) + step, cap)
             else:
                 place = known.index(-1) if known[-1] < 0 else len(known) - 1
-                score = min(step, cap)
+                scores[place] = min(step, cap)
             # Rows stay sorted; among equals the one raised last comes first.
-            better = scores.tolist()
-            rank = place
-            while rank > 0 and better[rank - 1] <= score:
+            ranked = scores.tolist()
+            score, rank = ranked[place], place
+            while rank > 0 and ranked[rank - 1] <= score:
                 rank -= 1
             if rank < place:
                 tokens[rank + 1 : place + 1] = known[rank:place]
-                scores[rank + 1 : place + 1] = better[rank:place]
-            tokens[rank], scores[rank] = third, score
+                scores[rank + 1 : place + 1] = ranked[rank:place]
+                scores[rank] = score
+            tokens[rank] = third
 
     def state_dict(self) -> dict[str, Any]:
         """``pairs`` int64 ``[n]`` (first token * 2^32 + second), ``successors`` int32 and ``scores`` float32 ``[n, k]``
         (-1 and 0 where a pair has fewer), ``learnt`` int64 ``[n]``: when a pair was learnt, 0 = before it all."""
         used = np.flatnonzero(self._pairs >= 0)
-        parts = (self._pairs, self._tokens, self._scores, self._learnt)
+        parts: tuple[np.ndarray, ...] = (self._pairs, self._tokens, self._scores, self._learnt)
         return {name: torch.from_numpy(part[used]) for name, part in zip(_STATE, parts, strict=True)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class TrigramTable:
         """Start anew with these pairs; those of a set keep their order."""
         sets = _sets(pairs, self._bits)
         if len(pairs) and np.bincount(sets).max() > WAYS:
-            newest: np.ndarray = np.lexsort((-learnt, sets))
+            newest = np.lexsort((-learnt, sets))
             kept = np.sort(newest[_place(sets[newest]) < WAYS])
             pairs, tokens, scores, learnt, sets = pairs[kept], tokens[kept], scores[kept], learnt[kept], sets[kept]
         by_set = np.argsort(sets, kind="stable")
@@ -141,18 +141,21 @@ class TrigramTable:
         inside = (int((pairs >> 32).max(initial=-1)), int((pairs & 0xFFFFFFFF).max(initial=-1)))
         return max(*inside, int(self._tokens.max(initial=-1)))
 
-    def _find(self, pair: int) -> int:
-        start = (pair * _ODD & _WORD) >> (64 - self._bits) << 3
-        slots = self._pairs[start : start + WAYS].tolist()
+    def _find(self, first: int, second: int) -> int:
+        start = self._set(first, second) * WAYS
+        slots, pair = self._pairs[start : start + WAYS].tolist(), first << 32 | second
         return start + slots.index(pair) if pair in slots else -1
 
-    def _insert(self, pair: int) -> int:
+    def _set(self, first: int, second: int) -> int:
+        return ((first * _FIRST + second * _SECOND) & _WORD) >> (64 - self._bits)
+
+    def _insert(self, first: int, second: int) -> int:
         """A cleared row for a new pair."""
         if 2 * self._used >= self.capacity and self._bits < self._most_bits:
             parts = [part.numpy() for part in self.state_dict().values()]
             self._bits += 1
             self._fill(*parts)
-        start = (pair * _ODD & _WORD) >> (64 - self._bits) << 3
+        start = self._set(first, second) * WAYS
         slots = self._pairs[start : start + WAYS].tolist()
         if -1 in slots:
             row = start + slots.index(-1)
@@ -160,7 +163,7 @@ class TrigramTable:
         else:
             # Of pairs learnt together (all those of a file) the last goes first: files begin with the frequent.
             row = start + WAYS - 1 - int(self._learnt[start : start + WAYS][::-1].argmin())
-        self._pairs[row], self._tokens[row], self._scores[row] = pair, -1, 0.0
+        self._pairs[row], self._tokens[row], self._scores[row] = first << 32 | second, -1, 0.0
         return row
 
 
@@ -173,7 +176,8 @@ def _sets(pairs: np.ndarray, bits: int) -> np.ndarray:
     """The set of each pair, int64 ``[n]`` -> int64 ``[n]``."""
     if bits == 0:
         return np.zeros_like(pairs)
-    mixed = pairs.astype(np.uint64) * np.uint64(_ODD)  # wraps, as the hash means it to
+    first, second = (pairs >> 32).astype(np.uint64), (pairs & 0xFFFFFFFF).astype(np.uint64)
+    mixed = first * np.uint64(_FIRST) + second * np.uint64(_SECOND)  # wraps, as the hash means it to
     return (mixed >> np.uint64(64 - bits)).astype(np.int64)
 
 
