@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -263,6 +264,70 @@ def chain(num_nodes: int, device: torch.device | None = None) -> Topology:
 def root_only(root: Tensor) -> TokenTree:
     """The tree that proposes nothing: plain decoding. ``root`` int64 ``[B]``."""
     return TokenTree(root[:, None], chain(1, root.device))
+
+
+def from_host(parents: Sequence[Sequence[int]] | np.ndarray, device: torch.device | None = None) -> Topology:
+    """The topology of parents that are known on the host; nothing synchronises.
+
+    Rows that agree share one shape. Shapes of one row that were made lately come back as the same object, so that what
+    derives from them is computed once; a combination of unequal rows hardly ever recurs, and is not kept.
+
+    Args:
+        parents: ints ``[B, N]``; node 0 is the root and its own parent, parents precede their children.
+        device: of the topology; None = the host.
+    """
+    rows = np.ascontiguousarray(parents, dtype=np.int64)
+    device = device or torch.device("cpu")
+    if len(rows) == 1 or bool((rows == rows[0]).all()):
+        return _recent(rows[0].tobytes(), device)
+    return _topology(rows, device)
+
+
+@lru_cache(maxsize=1024)
+def _recent(parents: bytes, device: torch.device) -> Topology:
+    # A copy, because torch wants memory that it may write to.
+    return _topology(np.frombuffer(parents, dtype=np.int64)[None].copy(), device)
+
+
+def _topology(parents: np.ndarray, device: torch.device) -> Topology:
+    nodes = np.arange(parents.shape[1])
+    assert not parents[:, 0].any() and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
+    assert bool((parents >= 0).all()), "absence is a role, never a parent"
+    above, depth = np.broadcast_to(nodes, parents.shape), 0
+    while above.any():
+        above, depth = np.take_along_axis(parents, above, axis=1), depth + 1
+    return Topology(torch.from_numpy(parents).to(device), depth)
+
+
+def pad_rows(
+    root: Tensor,
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int]],
+    sources: tuple[str, ...] = ("draft",),
+) -> TokenTree:
+    """One tree from what each row proposes; short rows are filled up with padding, hung under the root.
+
+    Args:
+        root: int64 ``[B]``, token of node 0, which ``tokens`` and ``parents`` leave out.
+        tokens: of every row's nodes 1, 2, ...; a row may be empty.
+        parents: likewise, their parents; 0 is the root, parents precede children.
+        sources: names of the drafters in this tree.
+    """
+    counts = [len(row) for row in tokens]
+    longest = max(counts)
+    if longest == 0:
+        return root_only(root)
+    ids, above = np.zeros((2, len(counts), longest + 1), dtype=np.int64)
+    for row, count in enumerate(counts):
+        ids[row, 1 : count + 1] = tokens[row]
+        above[row, 1 : count + 1] = parents[row]
+    token_ids = torch.from_numpy(ids).to(root.device)
+    token_ids[:, 0] = root
+    role = None
+    if min(counts) < longest:
+        node, last = np.arange(longest + 1), np.array(counts)[:, None]
+        role = torch.from_numpy(np.where(node <= last, CANDIDATE, PADDING)).to(root.device)
+    return TokenTree(token_ids, from_host(above, root.device), role, sources=sources)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
-from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, Template, TokenTree, Topology, best_first, chain, root_only
+from specdec.tree import (
+    CANDIDATE,
+    FEED_ONLY,
+    PADDING,
+    Template,
+    TokenTree,
+    Topology,
+    best_first,
+    chain,
+    from_host,
+    pad_rows,
+    root_only,
+)
 
 
 def random_parents(count: int, seed: int, narrow: bool) -> list[int]:
@@ -56,6 +69,49 @@ def test_chain(count: int) -> None:
     assert topology.depths.tolist() == [list(range(count))]
     assert torch.equal(topology.ancestors[0], torch.ones(count, count, dtype=torch.bool).tril())
     assert chain(count) is topology, "what derives from it is computed once"
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5, 33])
+def test_from_host(count: int, narrow: bool) -> None:
+    shapes = [random_parents(count, seed, narrow) for seed in range(3)]
+    for rows in (shapes[:1], shapes, shapes[:1] * 3):
+        topology, expected = from_host(rows), topology_of(rows)
+        assert topology.max_depth == expected.max_depth
+        assert torch.equal(topology.ancestors.expand(len(rows), -1, -1), expected.ancestors)
+    assert from_host(shapes[:1] * 3) is from_host(np.array(shapes[:1])), "rows that agree share a shape, and it is kept"
+    assert from_host(shapes[:1]).parents.shape == (1, count)
+
+
+@pytest.mark.parametrize(
+    "parents", [[[0, 1]], [[0, 0, 2]], [[1, 0]], [[0, -1]], [[0, 0], [0, 1]], [[0, 2, 1], [0, 0, 0]]]
+)
+def test_from_host_refuses_what_is_no_tree(parents: list[list[int]]) -> None:
+    with pytest.raises(AssertionError, match="parent"):
+        from_host(parents)
+
+
+def test_pad_rows() -> None:
+    root = torch.tensor([4, 0, 9])
+    padded = pad_rows(root, [[7, 0, 7], [], [3]], [[0, 0, 1], [], [0]], sources=("a",))
+    padded.check()
+    assert padded.token_ids.tolist() == [[4, 7, 0, 7], [0, 0, 0, 0], [9, 3, 0, 0]]
+    assert padded.parents.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert padded.role is not None
+    assert padded.role.tolist() == [[CANDIDATE] * 4, [CANDIDATE] + [PADDING] * 3, [CANDIDATE] * 2 + [PADDING] * 2]
+    assert (padded.topology.max_depth, padded.sources) == (2, ("a",))
+    assert padded.candidates_by_depth().tolist() == [[2, 1], [0, 0], [1, 0]]
+
+
+def test_pad_rows_where_nothing_is_padded() -> None:
+    root = torch.tensor([4, 0])
+    full = pad_rows(root, [[1, 2], [3, 5]], [[0, 1], [0, 1]])
+    full.check()
+    assert full.role is None
+    assert full.topology is from_host([[0, 0, 1]])
+    empty = pad_rows(root, [[], []], [[], []])
+    assert empty.topology is chain(1, root.device)
+    assert empty.token_ids.tolist() == [[4], [0]]
 
 
 def test_root_only() -> None:
