@@ -314,7 +314,7 @@ def emissions(
     ]
     for plain, row in zip(plains, taken, strict=True):
         nodes = [node for _, node in row]
-        assert nodes[0] == 0 and [plain.parents[node] for node in nodes[1:]] == nodes[:-1], "a path from the root"
+        assert [0, *(plain.parents[node] for node in nodes[1:])] == [nodes[0], *nodes[:-1]], "a path from the root"
         assert [plain.tokens[node] for node in nodes[1:]] == [token for token, _ in row][:-1], "its own tokens"
     return [tuple(token for token, _ in row) for row in taken]
 

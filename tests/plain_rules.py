@@ -141,8 +141,8 @@ def q_of(context: Context, vocab: int, which: int = 0) -> tuple[float, ...]:
 def sampled(plan: Plan, vocab: int, own_q: bool = False, zeros: bool = False) -> PlainDrafter:
     """Draws children as the plan says at every node of each depth and records how.
 
-    A chosen child (POINT, or UNNAMED where that is not recorded) is the likeliest token that is no child yet. With ``own_q`` every draw with replacement
-    has a distribution of its own; with ``zeros`` one token is never drafted.
+    A chosen child (POINT, or UNNAMED where that is not recorded) is the likeliest token that is no child yet. With
+    ``own_q`` every draw with replacement has a distribution of its own; with ``zeros`` one token is never drafted.
     """
 
     def propose(context: Context, step: int, coins: Coins) -> PlainTree:  # noqa: ARG001 - the drafter's signature

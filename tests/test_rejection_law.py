@@ -79,11 +79,16 @@ RULES: dict[str, tuple[PlainRule, AcceptanceRule]] = {
     "traversal": (traversal, Traversal()),
 }
 CHAINS = [name for name, plan in PLANS.items() if all(len(kinds) == 1 for kinds in plan)]
-CASES = [(rule, plan) for rule in RULES for plan in PLANS if plan in CHAINS or rule not in ("token_wise", "block")]
+CASES = [
+    (rule, plan, zeros)
+    for rule in RULES
+    for plan in PLANS
+    for zeros in ("none", "p", "q")
+    if (plan in CHAINS or rule not in ("token_wise", "block")) and (plan != "two by two" or zeros == "none")
+]
 
 
-@pytest.mark.parametrize("zeros", ["none", "p", "q"])
-@pytest.mark.parametrize(("rule", "plan"), CASES)
+@pytest.mark.parametrize(("rule", "plan", "zeros"), CASES)
 def test_the_law_is_the_targets(rule: str, plan: str, zeros: str) -> None:
     definition, code = RULES[rule]
     p = toy_target(3, seed=5, zeros=zeros == "p")
@@ -122,7 +127,7 @@ def test_the_worked_example() -> None:
     p, q = (0.3, 0.4, 0.3), (0.6, 0.3, 0.1)
     for second, accepted in ((1, 4 / 9), (2, 1.0)):
         tree = PlainTree([0, 0, 0], [0, 0, second], draws=[PlainEvent(1, O, q), PlainEvent(2, O, q)])
-        law = accepted_law(recursive_rejection, lambda *_, t=tree: t, lambda _: p)  # type: ignore[misc]
+        law = accepted_law(recursive_rejection, lambda *_, t=tree: t, lambda _: p)
         by_child = [math.fsum(mass for e, mass in law.items() if len(e) == 2 and e[0] == t) for t in (0, second)]
         assert by_child[0] == pytest.approx(0.5, abs=EXACT)
         assert by_child[1] == pytest.approx(0.5 * accepted, abs=EXACT)
@@ -168,7 +173,7 @@ def test_block_accepts_at_least_as_much_as_token_wise(seed: int) -> None:
     assert means[2] == pytest.approx(means[1], abs=EXACT), "on a chain traversal is block verification"
 
 
-@pytest.mark.parametrize("plan", [[[O, O], [O, O]], [[W, W], [W]], [[O, O], [X], [O]]])
+@pytest.mark.parametrize("plan", [[[O, O], [O]], [[W, W], [W]], [[O, X], [W]]])
 def test_traversal_accepts_at_least_as_much_as_recursive_rejection(plan: Plan) -> None:
     gains = []
     for seed in range(3):
@@ -257,7 +262,7 @@ def block_with_plain_residual(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     return _block_like(tree, p, coins, scaled=False)
 
 
-def _block_like(  # noqa: PLR0913 - which mistake
+def _block_like(
     tree: PlainTree, p: P, coins: Coins, contiguous: bool = False, single: bool = False, scaled: bool = True
 ) -> list[int]:
     line = list(range(len(tree.parents)))
@@ -368,8 +373,8 @@ WRONG_DRAWS: dict[str, Misdrawn] = {
     "events listed in reverse": lambda q, coins: [(t, O, q) for t in draw(3, q, coins)[::-1]],
     "events sorted by q": lambda q, coins: [(t, O, q) for t in sorted(draw(3, q, coins), key=lambda t: -q[t])],
     "draws without replacement listed as independent": lambda q, coins: [(t, W, q) for t in draw(3, q, coins)],
-    "chosen children listed as drawn": lambda q, coins: [(t, O, q) for t in top(2, q)],  # noqa: ARG005
-    "chosen children listed as drawn among themselves": lambda q, coins: [(t, O, only(q, top(2, q))) for t in top(2, q)],  # noqa: ARG005
+    "chosen children listed as drawn": lambda q, _: [(t, O, q) for t in top(2, q)],
+    "chosen children listed as drawn among themselves": lambda q, _: [(t, O, only(q, top(2, q))) for t in top(2, q)],
     "drawn children listed as chosen": lambda q, coins: [*((t, X, q) for t in draw(2, q, coins)), (top(1, q)[0], W, q)],
     "a drawn child left out for being unlikely": lambda q, coins: [(t, W, q) for t in [coins.flip(q)] if q[t] > 0.25],
     "an equal draw left out, the others as independent": lambda q, coins: [
