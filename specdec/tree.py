@@ -176,6 +176,7 @@ class TokenTree:
     rank: Tensor | None = None
     draws: Draws | None = None
     entry: tuple[int, Tensor] | None = None
+    _compared: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def batch_size(self) -> int:
@@ -192,10 +193,14 @@ class TokenTree:
         """int64 ``[B, N]``."""
         return self.topology.parents.expand(self.batch_size, -1)
 
-    @cached_property
+    @property
     def candidates(self) -> Tensor | None:
         """bool ``[B, N]``: the nodes that may be accepted; None where all of them may."""
-        return None if self.role is None else self.role == CANDIDATE
+        if self.role is None:
+            return None
+        if self._compared is None or self._compared[0] is not self.role:
+            self._compared = (self.role, self.role == CANDIDATE)
+        return self._compared[1]
 
     def candidates_by_depth(self) -> Tensor:
         """int64 ``[B, D]``: number of candidates at depths 1..D."""
