@@ -110,4 +110,6 @@ def _why_not_split(target: Target, layer: int) -> str | None:
     difference, scale = (split - whole).abs().max(), (whole - whole.mean()).abs().max()
     if difference <= 1e-3 * scale:
         return None
-    return f"layers that read only the residual stream; split at layer {layer}, logits differ by {float(difference):.1e}"
+    return (
+        f"layers that read only the residual stream; split at layer {layer}, logits differ by {float(difference):.1e}"
+    )
