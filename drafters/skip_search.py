@@ -234,7 +234,7 @@ class SkipSearch:
     def propose(self) -> SkipSet:
         """The next candidate; its score is to be told before another is asked for."""
         interval = self.bayesian_interval
-        if interval and (self.iteration + 1) % interval == 0:
+        if interval and self._points and (self.iteration + 1) % interval == 0:
             self._candidate = self._suggest()
         else:
             self._candidate = np.zeros(self._dimensions)
@@ -253,23 +253,20 @@ class SkipSearch:
 
     def _suggest(self) -> np.ndarray:
         """A point ``[D]`` in [0, 1] of high upper confidence bound under a Gaussian process over all that was told."""
-        from bayes_opt import BayesianOptimization
         from bayes_opt.acquisition import UpperConfidenceBound
+        from bayes_opt.target_space import TargetSpace
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import Matern
 
-        optimizer = BayesianOptimization(
-            f=None,
-            # Names in the order of the dimensions, whether the library sorts them or not.
-            pbounds={f"x{index:05d}": (0.0, 1.0) for index in range(self._dimensions)},
-            acquisition_function=UpperConfidenceBound(kappa=2.5),
-            random_state=1 + self.iteration,
-            allow_duplicate_points=True,
-            verbose=0,
-        )
-        optimizer.set_gp_params(alpha=1e-2)
+        # Names in the order of the dimensions, whether the library sorts them or not.
+        bounds = {f"x{index:05d}": (0.0, 1.0) for index in range(self._dimensions)}
+        space = TargetSpace(None, bounds, allow_duplicate_points=True)
         for point, score in zip(self._points, self._scores, strict=True):
-            optimizer.space.register(point, score)  # the optimizer's own reads all points back for each
-        suggested = optimizer.suggest()
-        return np.array([suggested[name] for name in sorted(suggested)])
+            space.register(point, score)
+        process = GaussianProcessRegressor(Matern(nu=2.5), alpha=1e-2, normalize_y=True, random_state=self.iteration)
+        # The point is rounded to a set: far less than the library's usual effort suggests the same.
+        acquisition = UpperConfidenceBound(kappa=2.5)
+        return np.asarray(acquisition.suggest(process, space, 2000, 1, random_state=self.iteration))
 
     def _skip_set(self, point: np.ndarray) -> SkipSet:
         """The ``count`` largest entries: attention of layers 1..L-2, then their feed-forward parts."""
