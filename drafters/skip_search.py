@@ -145,7 +145,7 @@ def matchness(target: Target, context: Context, texts: Sequence[Sequence[int] | 
         logits = target.run(past, TokenTree(tokens[:, :-1], chain(width, target.device)), route=route).logits
     finally:
         cache.move(aside, place)
-    return float((argmax(logits) == tokens[:, 1:])[scored].float().mean())
+    return float((argmax(logits) == tokens[:, 1:])[scored].double().mean())
 
 
 class SkipSearch:

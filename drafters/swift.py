@@ -167,19 +167,13 @@ class Swift(BaseDrafter):
         generate: Callable[[Tensor], Any],
         progress: Callable[[int, int, str], None],
     ) -> dict[str, Any]:
-        """Search over the target's own texts for some prompts; each candidate is scored on all of them.
-
-        Args:
-            target: the one that this drafter is bound to.
-            prompts: int64 ``[1, W]`` each.
-            generate: decodes a prompt with this drafter.
-            progress: told (done, of, what it is about).
+        """Search on the target's own texts for the prompts; each candidate is scored on all of them (``Tunable``).
 
         Returns:
             The best set in the layout of the published files, with how it was found.
 
         Raises:
-            ValueError: no text is long enough to be scored.
+            ValueError: no search to run, or no text long enough to be scored.
         """
         search = self.search
         if search is None:
