@@ -206,7 +206,8 @@ class Swift(BaseDrafter):
         progress: Callable[[int, int, str], None],
     ) -> list[DecodeState]:
         """The requests of all prompts, kept with their K/V."""
-        self._kept = states = []
+        states: list[DecodeState] = []
+        self._kept = states
         try:
             for index, prompt in enumerate(prompts, start=1):
                 generate(prompt)
@@ -243,7 +244,7 @@ def _reader(skip: str | Mapping[str, Any]) -> Callable[[int], SkipSet]:
     """What makes the first skip set once the number of layers is known; files are read now."""
     if skip == "uniform":
         return uniform
-    given = {"path": skip} if isinstance(skip, str) else dict(skip)
+    given: dict[str, Any] = {"path": skip} if isinstance(skip, str) else dict(skip)
     if given.keys() == {"speedup"}:
         return lambda layers: unified(layers, float(given["speedup"]))
     if given.keys() == {"attention", "mlp"}:

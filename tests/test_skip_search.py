@@ -112,7 +112,8 @@ def test_candidates_keep_or_restore_the_best() -> None:
     search = bound(bayesian_interval=0)
     assert search.best == uniform(32)
     search.rebase(0.3)
-    found, best, scores = [], search.best, [0.2, 0.4, 0.4, 0.1, 0.6]
+    found: list[float] = []
+    best, scores = search.best, [0.2, 0.4, 0.4, 0.1, 0.6]
     for score in scores:
         candidate = search.propose()
         search.tell(score)

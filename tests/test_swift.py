@@ -219,7 +219,8 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ({"confidence": 0.0}, {"num_draft_tokens": 0}, {"max_width": 0}, {"search_interval": 0}):
         with pytest.raises(ValueError, match="expected num_draft_tokens"):
             Swift(**wrong)
-    for skip in ({"speed": 2}, {"attention": []}, {}):
+    unknown: list[dict[str, Any]] = [{"speed": 2}, {"attention": []}, {}]
+    for skip in unknown:
         with pytest.raises(ValueError, match='expected skip="uniform"'):
             Swift(skip=skip)
     with pytest.raises(ValueError, match="at least 3 layers.*got 2"):
