@@ -9,8 +9,8 @@ The draft runs k passes of E layers, over the root and the first k - 1 drafted t
 the siblings still lack, their own K/V and states below layer E, is made in one further pass of E layers without the
 head; the verification then runs layers E..L-1 over the whole tree. Per step: k + 1 passes of E layers, one of L - E.
 
-Differences from the authors' code: batches; a stop by confidence; siblings; sampling by a point-mass proposal; drafting
-starts after an ordinary prefill, which costs each request the E layers of its prompt no second time either.
+Differences from the authors' code: batches; a stop by confidence; siblings; exact sampling, since the draft is a point
+mass. The prompt is read once, by the ordinary prefill, whose K/V serve both parts.
 """
 
 from __future__ import annotations

@@ -139,10 +139,10 @@ class Swift(BaseDrafter):
                 self._skip = self.search.best
 
     def state_dict(self) -> dict[str, Any]:
-        """The search; nothing where there is none."""
-        if self.search is None:
-            return {}
-        return dict(self._saved) if self._saved is not None else self.search.state_dict()
+        """The search; nothing where there is none, or no target yet."""
+        if self.search is None or self._target is None:
+            return dict(self._saved or {})
+        return self.search.state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from a saved search.
@@ -152,6 +152,9 @@ class Swift(BaseDrafter):
         """
         if self.search is None:
             super().load_state_dict(saved)
+            return
+        if not saved:
+            self.reset()
             return
         self.search.check_state(saved)
         if self._target is None:

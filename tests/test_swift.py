@@ -155,6 +155,8 @@ def test_the_search_lives_across_requests_and_drafts_use_its_best() -> None:
     assert search.iteration == 0
     drafter.load_state_dict(saved)
     assert drafter.skip_set == SkipSet.of(saved["attention"], saved["mlp"])
+    drafter.load_state_dict(searching().state_dict())
+    assert search.iteration == 0, "a drafter that has met no target has learnt nothing"
 
 
 def test_the_search_ends_for_good_and_frees_the_decoding() -> None:
