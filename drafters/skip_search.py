@@ -260,9 +260,12 @@ class SkipSearch:
 
         # Names in the order of the dimensions, whether the library sorts them or not.
         bounds = {f"x{index:05d}": (0.0, 1.0) for index in range(self._dimensions)}
-        space = TargetSpace(None, bounds, allow_duplicate_points=True)
-        for point, score in zip(self._points, self._scores, strict=True):
-            space.register(point, score)
+        space = TargetSpace(None, bounds)
+        # A set that came up again, on another text perhaps, enters once, with its mean score.
+        points, which = np.unique(np.stack(self._points), axis=0, return_inverse=True)
+        means = np.bincount(which.ravel(), self._scores) / np.bincount(which.ravel())
+        for point, score in zip(points, means, strict=True):
+            space.register(point, float(score))
         process = GaussianProcessRegressor(Matern(nu=2.5), alpha=1e-2, normalize_y=True, random_state=self.iteration)
         # The point is rounded to a set: far less than the library's usual effort suggests the same.
         acquisition = UpperConfidenceBound(kappa=2.5)

@@ -182,6 +182,15 @@ def test_bayesian_optimisation_finds_what_helps() -> None:
     assert np.mean(scores[True]) > np.mean(scores[False]) + 0.15
 
 
+def test_sets_that_come_up_again_are_no_trouble(capsys: pytest.CaptureFixture[str]) -> None:
+    search = bound(4, bayesian_interval=10, max_score=2.0)  # four sets in all
+    for score in range(20):
+        search.propose()
+        search.tell(score / 20)
+    assert search.iteration == 20
+    assert not any(capsys.readouterr()), "the library keeps quiet"
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"bayesian-optimization.*specdec-hf\[swift\]"):
