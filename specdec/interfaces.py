@@ -8,7 +8,7 @@ Shapes: B rows (sequences), N nodes of a tree, D depth, P_b committed tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -274,6 +274,31 @@ class Drafter(Protocol):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put back what ``state_dict`` gave."""
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A drafter with something to search for offline, for one target and the kind of text it will write."""
+
+    def tune(
+        self,
+        target: Target,
+        prompts: Sequence[Tensor],
+        generate: Callable[[Tensor], Any],
+        progress: Callable[[int, int, str], None],
+    ) -> dict[str, Any]:
+        """Search; afterwards this drafter uses what was found.
+
+        Args:
+            target: the one it is bound to.
+            prompts: int64 ``[1, W]`` each, to calibrate on.
+            generate: decodes a prompt with this drafter, as ``model.generate`` does.
+            progress: told (done, of, what is being done).
+
+        Returns:
+            What was found, in plain values: an entry of a JSON file that the drafter reads back.
+        """
         ...
 
 

@@ -28,7 +28,8 @@ class Route:
 
     Attributes:
         lo, hi: layers ``[lo, hi)`` run, the others pass the residual stream through; hi = None means all of them.
-        skip_attention, skip_mlp: layers inside the range whose attention (feed-forward) contributes nothing.
+        skip_attention, skip_mlp: layers inside the range whose attention (feed-forward) contributes nothing; a layer in
+            both passes the residual stream through as well.
         logits: whether the output head runs.
     """
 
@@ -94,7 +95,8 @@ class Router:
         assert states is None or route.lo > 0, "states enter in front of a layer > 0; layer 0 starts from the tokens"
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
-                if not route.lo <= index < hi:
+                whole = index in route.skip_attention and index in route.skip_mlp  # its norms and sums go as well
+                if whole or not route.lo <= index < hi:
                     replaced = states if index == route.lo - 1 else None
                     stack.enter_context(_patched(layer, self._pass_through(layer, replaced)))
                     continue

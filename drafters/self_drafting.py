@@ -1,0 +1,162 @@
+"""What drafters that run a part of the target share: drafting token by token, and the comb tree of what they found.
+
+A draft grows in place on the target's own cache: node i of the chain writes its K/V into the i-th slot behind the
+committed tokens, where the verification pass, or the next draft, writes over it. Nothing is cloned and nothing has to
+be cropped, because committed lengths only ever grow by ``Target.keep``.
+
+Shapes: B rows, N nodes, k steps of a draft, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.interfaces import DecodeState
+from specdec.routing import Route
+from specdec.selection import argmax, top_k
+from specdec.target import Target
+from specdec.tree import CANDIDATE, PADDING, TokenTree, Topology, chain
+
+
+@dataclass
+class Draft:
+    """A chain drafted step by step, with the runners-up of every step.
+
+    Attributes:
+        ranked: per step int64 ``[B, w]``, the likeliest successors of the chain so far, best first; the best is the
+            next token of the chain.
+        confidence: per step and row, the probability of that token under the draft (softmax of the raw logits, no
+            temperature); empty where it was not asked for.
+        lengths: steps that each row stands by; what it drafted beyond is padding.
+        states: per step ``[B, 1, H]``, the tapped state of the node that was run; empty without a tap.
+    """
+
+    ranked: list[Tensor]
+    confidence: list[list[float]]
+    lengths: list[int]
+    states: list[Tensor]
+
+
+@torch.no_grad()
+def draft_chain(
+    target: Target,
+    state: DecodeState,
+    route: Route,
+    steps: int,
+    threshold: float = 0.0,
+    width: int = 1,
+) -> Draft:
+    """Draft greedily with a part of the target, one node per pass.
+
+    A row stops after ``steps`` tokens, where its budget ends, after an end-of-text token, and after a token of which
+    the draft is less sure than ``threshold``; that token is still proposed. Without a threshold nothing is read back
+    from the device; with one, a single small tensor per step is.
+
+    Args:
+        target: of the request.
+        state: of the request.
+        route: what part of the target drafts; the states that enter layer ``route.hi`` are recorded where it is set.
+        steps: most tokens to draft.
+        threshold: 0 = never stop for want of confidence.
+        width: successors to rank at every step.
+    """
+    context = state.context
+    assert context is not None, "the prompt has not been read"
+    limits = [0 if done else min(steps, left - 1) for done, left in zip(state.finished, context.budgets, strict=True)]
+    draft = Draft([], [], [0] * state.batch_size, [])
+    device = state.root.device
+    tokens = torch.zeros(state.batch_size, steps + 1, dtype=torch.int64, device=device)
+    tokens[:, 0] = state.root
+    # One topology for every draft length: its mask and depths are made once.
+    growing = TokenTree(tokens, chain(steps + 1, device))
+    taps = () if route.hi is None else (route.hi,)
+    active = [limit > 0 for limit in limits]
+    for step in range(max(limits)):
+        output = target.run(context, growing, slice(step, step + 1), route, taps=taps)
+        logits = output.logits[:, -1]
+        ranked = argmax(logits)[:, None] if width == 1 else top_k(logits, width)
+        tokens[:, step + 1] = ranked[:, 0]
+        draft.ranked.append(ranked)
+        draft.states.extend(output.states.values())
+        draft.lengths = [length + on for length, on in zip(draft.lengths, active, strict=True)]
+        active = [on and step + 1 < limit for on, limit in zip(active, limits, strict=True)]
+        if threshold > 0:
+            best, sure = _read(ranked[:, 0], logits)
+            draft.confidence.append(sure)
+            ends = state.policy.eos_token_ids
+            active = [
+                on and p >= threshold and token not in ends for on, p, token in zip(active, sure, best, strict=True)
+            ]
+        if not any(active):
+            break
+    return draft
+
+
+def _read(best: Tensor, logits: Tensor) -> tuple[list[int], list[float]]:
+    """The tokens ``[B]`` and their probabilities, in one device-to-host copy."""
+    logits = logits.float()
+    log_probability = logits.gather(1, best[:, None]).squeeze(1) - logits.logsumexp(-1)
+    tokens, probabilities = torch.stack((best.double(), log_probability.exp().double())).tolist()
+    return [int(token) for token in tokens], probabilities
+
+
+@dataclass(frozen=True)
+class Comb:
+    """The shape of a comb: a chain whose every node may have leaf siblings.
+
+    Chain nodes come first, 0..k, then the siblings by depth: where only chain nodes are accepted their K/V need not
+    move.
+
+    Attributes:
+        topology: ``parents [1, N]``.
+        depths, ranks: of every node, ``[N]``, on the host; rank 0 is the chain.
+        rank: the same ranks on the device, int64 ``[1, N]``.
+    """
+
+    topology: Topology
+    depths: np.ndarray
+    ranks: np.ndarray
+    rank: Tensor
+
+
+@lru_cache(maxsize=512)
+def comb(widths: tuple[int, ...], device: torch.device) -> Comb:
+    """The comb with ``widths[d]`` nodes at depth d + 1, the chain's own included."""
+    depth = len(widths)
+    parents = [0, *range(depth)] + [d for d, width in enumerate(widths) for _ in range(1, width)]
+    depths = [0] + [parent + 1 for parent in parents[1:]]
+    ranks = [0] * (depth + 1) + [rank for width in widths for rank in range(1, width)]
+    topology = Topology(torch.tensor([parents], device=device), depth)
+    return Comb(topology, np.array(depths), np.array(ranks), torch.tensor([ranks], device=device))
+
+
+def comb_tree(root: Tensor, draft: Draft, widths: Sequence[Sequence[int]], name: str) -> TokenTree:
+    """The comb of a draft.
+
+    Args:
+        root: int64 ``[B]``.
+        draft: of at least one step.
+        widths: per step and row, how many of the ranked successors that row proposes (at least 1).
+        name: of the drafter.
+
+    Returns:
+        One shape for all rows, as wide at each depth as the widest row that reaches it; nodes that a row does not
+        propose are padding.
+    """
+    steps, lengths = len(draft.ranked), draft.lengths
+    rows = range(len(lengths))
+    shape = comb(tuple(max(widths[s][b] for b in rows if lengths[b] > s) for s in range(steps)), root.device)
+    columns = [root[:, None], *(ranked[:, :1] for ranked in draft.ranked)]
+    counts = np.bincount(shape.depths, minlength=steps + 1)[1:].tolist()
+    columns += [ranked[:, 1:count] for ranked, count in zip(draft.ranked, counts, strict=True) if count > 1]
+    token_ids = torch.cat(columns, dim=1)
+    offered = np.array([[1 << 30] * len(lengths), *widths]).T  # [B, steps + 1], the root first
+    alive = (shape.depths <= np.array(lengths)[:, None]) & (shape.ranks < offered[:, shape.depths])
+    role = None if alive.all() else torch.from_numpy(np.where(alive, CANDIDATE, PADDING)).to(root.device)
+    return TokenTree(token_ids, shape.topology, role, sources=(name,), rank=shape.rank)
