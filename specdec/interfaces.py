@@ -187,14 +187,19 @@ class Walk:
 
 @runtime_checkable
 class AcceptanceRule(Protocol):
-    """Which proposed nodes stand, and what is emitted after the last one.
+    """Which proposed nodes stand, and what is emitted after the last one: a pure function of what it is given.
+
+    Two streams of random numbers reach it. *Uniforms* belong to output positions: ``uniforms[b, d]`` draws the token
+    that is emitted after the last accepted node of depth d, and nothing else, so that every rule draws it alike.
+    *Coins* belong to the step: the rule says how many it wants and what each decides (accept this event, stop at this
+    node). Neither depends on the other, on earlier steps, on the neighbours of a row, or on what drafters draw.
 
     Attributes:
         name: as in reports.
         lossless: whether the emitted law is the target's own.
-        samples: whether it is for sampling (it needs uniforms) or for greedy decoding.
-        on_path: whether p is only ever asked for along the walk, in order. Rules that need p elsewhere (recursive
-            rejection, typical acceptance) cannot be combined with logits processors that keep state.
+        samples: whether it can serve sampling. Under greedy decoding every rule is ``greedy``, which cannot.
+        on_path: whether the rule is ``select`` at every node of the walk, in order. Others (rejection rules, typical
+            acceptance) cannot be combined with logits processors that keep state.
     """
 
     name: str
@@ -206,8 +211,23 @@ class AcceptanceRule(Protocol):
         """The token emitted after a node: scores ``[..., V]``, uniforms ``[...]`` in [0, 1) -> int64 ``[...]``."""
         ...
 
-    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
-        """Walk the whole batch: scores ``[B, N, V]``; ``uniforms [B, D+1]``, one per depth."""
+    def refuse(self, tree: TokenTree) -> str | None:
+        """Why trees drawn like this one cannot be judged, and which rule can; None where they can."""
+        ...
+
+    def num_coins(self, tree: TokenTree) -> int:
+        """C, the coins per row that ``accept`` wants for this tree; 0 where the uniforms are enough."""
+        ...
+
+    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None, coins: Tensor | None = None) -> Walk:
+        """Walk the whole batch, without synchronising.
+
+        Args:
+            tree: the proposal with its draws, as ``refuse`` lets it pass.
+            scores: ``[B, N, V]``, log p up to a constant.
+            uniforms: float64 ``[B, D+1]`` in [0, 1), one per depth; None under greedy decoding.
+            coins: float64 ``[B, C]`` in [0, 1); None where C = 0.
+        """
         ...
 
 

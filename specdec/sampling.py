@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as processors_of_transformers
 from transformers.generation import stopping_criteria as criteria_of_transformers
 
 _UNIFORM_BLOCK = 256
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _known(module: Any, names: str) -> frozenset[type]:
@@ -134,6 +136,37 @@ class Uniforms:
         return self._drawn.gather(1, positions).to(device)
 
 
+class Coins:
+    """The second stream: numbers in [0, 1) for accepting and rejecting, as many per step as a rule asks for.
+
+    Coin c of the step at which row b stands at output position t is a function of (seed, b, t, c) alone. A row emits
+    something at every step, so no two steps share a coin, and it may be asked for more coins than it needs (as the
+    widest tree of a batch makes it) without any later coin changing.
+
+    Args:
+        batch_size: B.
+        seed: of the request.
+    """
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        rows = np.arange(1, batch_size + 1, dtype=np.uint64)
+        self._keys = _mix(np.uint64(seed % 2**64) ^ _mix(rows * _GOLDEN))
+
+    def take(self, starts: Sequence[int], count: int, device: torch.device) -> Tensor:
+        """float64 ``[B, count]``: the coins of rows that stand at output positions ``starts``."""
+        positions = np.asarray(starts, dtype=np.uint64) + np.uint64(1)
+        step = _mix(self._keys ^ _mix(positions * _GOLDEN))
+        bits = _mix(step[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+        return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(device)
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): uint64 -> uint64, one to one."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows that walk together, with the processors that serve them."""
@@ -150,7 +183,7 @@ class Policy:
         processors: logits processors, in order.
         criteria: stopping criteria, in order.
         generation_config: for do_sample, pad token and the scores that the caller wants.
-        seed: of the uniforms; None under greedy decoding.
+        seed: of the uniforms and the coins; None under greedy decoding.
     """
 
     def __init__(
@@ -165,6 +198,7 @@ class Policy:
         self.processors, self.criteria = list(processors), list(criteria)
         batch = prompt_ids.shape[0]
         self.uniforms = None if seed is None else Uniforms(batch, seed)
+        self.coins = None if seed is None else Coins(batch, seed)
         self.wants_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
         pad = generation_config._pad_token_tensor
         self.pad_token_id = None if pad is None else int(pad)
@@ -229,6 +263,12 @@ class Policy:
     def draw_ahead(self, count: int, device: torch.device) -> Tensor | None:
         """Uniforms of the next ``count`` positions of every row, ``[B, count]``; None under greedy decoding."""
         return None if self.uniforms is None else self.uniforms.take([len(out) for out in self.outputs], count, device)
+
+    def draw_coins(self, count: int, device: torch.device) -> Tensor | None:
+        """Coins of this step for every row, ``[B, count]``; None where none are wanted."""
+        if self.coins is None or count == 0:
+            return None
+        return self.coins.take([len(out) for out in self.outputs], count, device)
 
     def cut(self, row: int, tokens: list[int]) -> tuple[list[int], bool]:
         """Apply EOS and the token budget to tokens about to be emitted (vectorised requests)."""

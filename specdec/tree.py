@@ -108,20 +108,30 @@ class Draws:
     """The random events by which children were proposed, in the order they happened.
 
     Rejection rules are exact only when they replay the events in this order with the distributions really used
-    (Leviathan et al. 2023; Chen et al. 2023; RSD, arXiv:2402.14160).
+    (Leviathan et al. 2023; Chen et al. 2023; RSD, arXiv:2402.14160). The order matters among the children of one node
+    only. A candidate that no event names is a point mass that comes after the events of its parent.
+
+    Leaving out a child is exact where that depends on the events before it, and wrong where it depends on the token
+    that was drawn: such a child stays a candidate.
 
     Attributes:
-        node: int64 ``[B, E]``, the child each event proposed; several events may name one node (i.i.d. samples that
+        node: int64 ``[B, E]``, the candidate each event proposed; several events may name one node (i.i.d. samples that
             coincided), -1 pads.
-        kind: int64 ``[B, E]``, POINT, WITH_REPLACEMENT or WITHOUT_REPLACEMENT.
+        kind: int64 ``[B, E]``. POINT: chosen, not drawn (``q_row`` is not looked at). WITH_REPLACEMENT: drawn from the
+            row of ``q`` as it is. WITHOUT_REPLACEMENT: drawn from that row after the tokens were taken out that earlier
+            WITHOUT_REPLACEMENT events took from the same row for children of the same node, and renormalised.
         q_row: int64 ``[B, E]``, row of ``q`` that the event was drawn from.
-        q: float32 ``[B, R, V]``, draft distributions.
+        q: float32 or float64 ``[B, R, V]``, draft distributions; rows are renormalised where they are used.
+        width: most events at one node, where the builder knows it (reading it off synchronises on an accelerator).
+        kinds: the kinds that occur, likewise.
     """
 
     node: Tensor
     kind: Tensor
     q_row: Tensor
     q: Tensor
+    width: int | None = None
+    kinds: frozenset[int] | None = None
 
 
 @dataclass
@@ -197,6 +207,28 @@ class TokenTree:
         )
         same &= alive[:, :, None] & alive[:, None] & (nodes[:, None] != nodes) & (nodes > 0) & (nodes[:, None] > 0)
         assert not bool(same.any()), "sibling candidates hold distinct tokens"
+        if self.draws is not None:
+            self._check_draws(self.draws, alive)
+
+    def _check_draws(self, draws: Draws, alive: Tensor) -> None:
+        real = draws.node >= 0
+        child = draws.node.clamp(min=0)
+        assert draws.node.shape == draws.kind.shape == draws.q_row.shape, "node, kind and q_row are of every event"
+        assert draws.node.shape[0] == draws.q.shape[0] == self.batch_size, "events and distributions are per row"
+        assert bool((alive.gather(1, child) & (child > 0) | ~real).all()), "events name candidates below the root"
+        sampled = real & (draws.kind != POINT)
+        rows = draws.q_row.clamp(0, draws.q.shape[1] - 1)
+        assert bool((rows == draws.q_row)[sampled].all()), "q_row is a row of q"
+        q = draws.q.gather(1, rows[..., None].expand(-1, -1, draws.q.shape[2]))
+        drawn = q.gather(2, self.token_ids.gather(1, child)[..., None]).squeeze(-1)
+        assert bool((drawn > 0)[sampled].all()), "a token that was drawn has mass in its distribution"
+        kinds = set(draws.kind[real].tolist())
+        assert kinds <= {POINT, WITH_REPLACEMENT, WITHOUT_REPLACEMENT}, "known kinds"
+        assert draws.kinds is None or kinds <= draws.kinds, "the builder knows the kinds of its events"
+        parent = self.parents.gather(1, child).masked_fill(~real, self.num_nodes)
+        counts = torch.zeros(self.batch_size, self.num_nodes + 1, dtype=torch.int64, device=parent.device)
+        widest = int(counts.scatter_add_(1, parent, real.long())[:, :-1].max())
+        assert draws.width is None or widest <= draws.width, "the builder knows the most events at one node"
 
 
 def _longest_walk(parents: Tensor) -> int:

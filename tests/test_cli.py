@@ -88,7 +88,7 @@ MISTAKES = {
     "no path": (["generate", "prompt=x", "target=hf"], "target.path=FOLDER_OR_HUB_ID"),
     "no number": (["generate", "prompt=x", "max_new_tokens=abc"], "whole number"),
     "negative temperature": (["generate", "prompt=x", "temperature=-1"], "temperature >= 0"),
-    "rule for the other mode": (["generate", "prompt=x", "acceptance=target_sampling"], "leave it out"),
+    "rule for the other mode": (["generate", "prompt=x", "acceptance=greedy", "temperature=1"], "leave it out"),
     "no such folder": (["generate", "prompt=x", "target=hf", "target.path=./nowhere"], "names no folder"),
     "no new tokens": (["generate", "prompt=x", "max_new_tokens=0"], "max_new_tokens"),
     "sampled audit": (["audit", "temperature=1"], "expected 0"),

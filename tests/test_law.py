@@ -241,7 +241,7 @@ class Reusing(TargetSampling):
 
     name = "reusing"
 
-    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
+    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None, coins: Tensor | None = None) -> Walk:  # noqa: ARG002
         assert uniforms is not None
         walk = super().accept(tree, scores, uniforms)
         last = (walk.path >= 0).sum(-1) - 1
@@ -257,7 +257,7 @@ class LooksAhead(TargetSampling):
 
     name = "looks_ahead"
 
-    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
+    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None, coins: Tensor | None = None) -> Walk:  # noqa: ARG002
         assert uniforms is not None
         return super().accept(tree, scores, torch.cat([uniforms[:, 1:], uniforms[:, -1:]], dim=1))
 

@@ -1,6 +1,9 @@
-"""Acceptance rules: pure functions of (tree, p, draws, uniforms).
+"""Acceptance rules that ask p for one token per node: greedy and target sampling; and what all rules share.
 
-Shapes: B rows, N nodes, D depth, V vocabulary. p is given as scores, log-probabilities up to a constant.
+A rule is a pure function of (tree with its draws, p, uniforms, coins). p is given as scores, log-probabilities up to a
+constant; it is taken in float32 where the scores are (as plain sampling takes it) and summed in float64.
+
+Shapes: B rows, N nodes, D depth, V vocabulary, C coins.
 """
 
 from __future__ import annotations
@@ -34,8 +37,25 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
     return Walk(path, chosen.gather(1, path.clamp(min=0)))
 
 
+def probabilities(scores: Tensor) -> Tensor:
+    """p in float64: scores ``[..., V]`` -> ``[..., V]``."""
+    return (scores if scores.dtype == torch.float64 else scores.float()).softmax(-1).double()
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw in token order, weights float64 ``[..., V]`` that need not sum to one, uniforms ``[...]`` in [0, 1).
+
+    Tokens without weight are never drawn; int64 ``[...]``, -1 where the weights are no distribution (NaN).
+    """
+    cdf = weights.cumsum(-1)
+    token = torch.searchsorted(cdf, (uniforms * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
+    # Rounding can leave u * total on the last step; the last token with mass is then the right one.
+    token = torch.minimum(token, torch.searchsorted(cdf, cdf[..., -1:].contiguous()).squeeze(-1))
+    return torch.where(cdf[..., -1].isfinite(), token, -1)
+
+
 class Greedy:
-    """Follow the child that equals the argmax. Under greedy decoding every lossless rule reduces to this."""
+    """Follow the child that equals the argmax. Under greedy decoding every rule is this one."""
 
     name = "greedy"
     lossless = True
@@ -43,9 +63,19 @@ class Greedy:
     on_path = True
 
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's signature
+        """The first of equal maxima."""
         return argmax(scores)
 
-    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
+    def refuse(self, tree: TokenTree) -> str | None:  # noqa: ARG002 - the protocol's signature
+        """How the tree was drawn does not matter."""
+        return None
+
+    def num_coins(self, tree: TokenTree) -> int:  # noqa: ARG002 - the protocol's signature
+        """None."""
+        return 0
+
+    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None, coins: Tensor | None = None) -> Walk:  # noqa: ARG002
+        """The walk along the argmaxes."""
         return follow(tree, self.select(scores, uniforms))
 
 
@@ -65,13 +95,18 @@ class TargetSampling:
     def select(self, scores: Tensor, uniforms: Tensor | None) -> Tensor:
         """-1 where the scores are no distribution (NaN, or nothing left to choose from)."""
         assert uniforms is not None, "sampling needs uniforms"
-        cdf = scores.float().softmax(-1).double().cumsum(-1)
-        token = torch.searchsorted(cdf, (uniforms * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
-        # Rounding can leave u * total on the last step; the last token with mass is then the right one.
-        token = torch.minimum(token, torch.searchsorted(cdf, cdf[..., -1:].contiguous()).squeeze(-1))
-        return torch.where(cdf[..., -1].isfinite(), token, -1)
+        return inverse_cdf(probabilities(scores), uniforms)
 
-    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None) -> Walk:
+    def refuse(self, tree: TokenTree) -> str | None:  # noqa: ARG002 - the protocol's signature
+        """How the tree was drawn does not matter, as long as it was drawn without looking at the uniforms."""
+        return None
+
+    def num_coins(self, tree: TokenTree) -> int:  # noqa: ARG002 - the protocol's signature
+        """None."""
+        return 0
+
+    def accept(self, tree: TokenTree, scores: Tensor, uniforms: Tensor | None, coins: Tensor | None = None) -> Walk:  # noqa: ARG002
+        """The walk along the drawn tokens."""
         assert uniforms is not None, "sampling needs uniforms"
         depths = tree.topology.depths.expand(tree.batch_size, -1)
         return follow(tree, self.select(scores, uniforms.gather(1, depths)))

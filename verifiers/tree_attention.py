@@ -1,7 +1,7 @@
 """The verifier: one tree-attention pass of the target, then an acceptance rule and the stop rules.
 
 Owns how a pass becomes a decision. The mask comes from ``specdec.tree`` and ``specdec.visibility``, the rules from
-``verifiers.acceptance``, p and the stops from ``specdec.sampling``.
+the other modules of ``verifiers``, p and the stops from ``specdec.sampling``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from specdec.sampling import Group, Policy
 from specdec.target import PassOutput, Target
 from specdec.tree import CANDIDATE, TokenTree, root_only
 from verifiers.acceptance import Greedy, TargetSampling
+from verifiers.rejection import RecursiveRejection
 
 
 class TreeVerifier:
     """Verify a whole tree in one pass of the target.
 
     Args:
-        rule: the acceptance rule; None picks the lossless one for how the request decodes (greedy or sampling).
+        rule: the acceptance rule under sampling. None picks a lossless one for every tree: recursive rejection where
+            the drafter says how it drew the children, else target sampling; the latter also where logits processors
+            keep state, since they give p along the walk only. Under greedy decoding every rule is ``greedy``.
     """
 
     def __init__(self, rule: AcceptanceRule | None = None) -> None:
@@ -44,34 +47,48 @@ class TreeVerifier:
     def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput, device: torch.device) -> Verification:
         policy = state.policy
         output.logits = output.logits.float()  # once, for the rule and for whoever learns from them
-        rule = self.rule or (Greedy() if policy.uniforms is None else TargetSampling())
-        if rule.samples != (policy.uniforms is not None):
-            wanted, got = ("sampling", "greedy") if rule.samples else ("greedy decoding", "sampled")
-            raise ValueError(
-                f"acceptance rule {rule.name!r} is for {wanted}, the request is {got}; leave it out to have the right"
-                " one"
-            )
+        rule = self._rule(policy, tree)
         uniforms = policy.draw_ahead(tree.topology.max_depth + 1, device)
         if policy.vectorised:
             step = self._vectorised(rule, state, tree, output, uniforms)
         else:
-            if not rule.on_path:
-                raise ValueError(
-                    f"acceptance rule {rule.name!r} needs p off the walk, which "
-                    f"{policy.needs_ids or 'a stopping criterion'} cannot give; use the default rule with it"
-                )
             step = _walk_lazily(rule, state, tree, output.logits, uniforms)
         if any(-1 in tokens for tokens in step.tokens):
             raise RuntimeError("probability tensor contains inf or nan, or no token is left to choose from")
         step.states, step.hidden_states = output.states, output.hidden_states
         return step
 
+    def _rule(self, policy: Policy, tree: TokenTree) -> AcceptanceRule:
+        """The rule for this request and tree."""
+        rule = self.rule
+        if policy.uniforms is None:
+            return Greedy() if rule is None or rule.samples else rule
+        if rule is None:
+            return RecursiveRejection() if tree.draws is not None and policy.vectorised else TargetSampling()
+        if not rule.samples:
+            raise ValueError(
+                f"acceptance rule {rule.name!r} is for greedy decoding, the request is sampled; leave it out to have"
+                " the right one"
+            )
+        if not (policy.vectorised or rule.on_path):
+            raise ValueError(
+                f"acceptance rule {rule.name!r} needs p off the walk, which "
+                f"{policy.needs_ids or 'a stopping criterion'} cannot give; use the default rule with it"
+            )
+        reason = rule.refuse(tree)
+        if reason is not None:
+            raise ValueError(
+                f"acceptance rule {rule.name!r} does not fit the trees of {', '.join(tree.sources)}: {reason}"
+            )
+        return rule
+
     def _vectorised(
         self, rule: AcceptanceRule, state: DecodeState, tree: TokenTree, output: PassOutput, uniforms: Tensor | None
     ) -> Verification:
         policy = state.policy
         scores = policy.warp(output.logits)
-        walk = rule.accept(tree, scores, uniforms)
+        coins = policy.draw_coins(rule.num_coins(tree), scores.device)
+        walk = rule.accept(tree, scores, uniforms, coins)
         width = walk.path.shape[1]
         wanted = [walk.path, walk.tokens, tree.candidates_by_depth()]
         rows = torch.cat(wanted, dim=1).tolist()  # the step's one device-to-host synchronisation
