@@ -243,7 +243,7 @@ class Branching:
         gone = torch.cat(dead[1:], 1)
         tree = TokenTree(torch.cat(tokens, 1), static.topology, _roles(gone), rank=static.rank)
         if laws:
-            tree.draws = _one_event_each(tree, gone, torch.cat(laws, 1))
+            tree.draws = _one_event_each(tree, gone, torch.cat(laws, 1), self.widest)
         return Grown(tree, static.run)
 
 
@@ -311,7 +311,7 @@ class Beam:
         token_ids = torch.cat([root[:, None], *tokens], 1)
         tree = TokenTree(token_ids, Topology(above, depth), _roles(gone), rank=torch.cat(ranks, 1))
         if isinstance(step, _Race):
-            tree.draws = _one_event_each(tree, gone, torch.cat(step.laws, 1))
+            tree.draws = _one_event_each(tree, gone, torch.cat(step.laws, 1), width)
         return Grown(tree, _run_until(above.shape[1], above.shape[1] - width, root.device))
 
 
@@ -402,13 +402,15 @@ class Chains:
         numbers = torch.arange(1, node.shape[1] + 1, device=device)
         role = None if width == 1 else _roles(node != numbers)
         q_row = (numbers - width).clamp_(min=0).expand_as(node)
-        draws = Draws(node, torch.full_like(node, WITH_REPLACEMENT), q_row, q)
+        kind = torch.full_like(node, WITH_REPLACEMENT)
+        draws = Draws(node, kind, q_row, q, width, frozenset({WITH_REPLACEMENT}))
         tree = TokenTree(torch.cat([root[:, None], *tokens], 1), topology, role, draws=draws)
         return Grown(tree, _run_until(tree.num_nodes, tree.num_nodes - width, device))
 
 
-def _one_event_each(tree: TokenTree, gone: Tensor, q: Tensor) -> Draws:
+def _one_event_each(tree: TokenTree, gone: Tensor, q: Tensor, width: int) -> Draws:
     """Every node drawn once without replacement, from the row of q that its parent's number names."""
     numbers = torch.arange(1, tree.num_nodes, device=gone.device)
     node = torch.where(gone, -1, numbers)
-    return Draws(node, torch.full_like(node, WITHOUT_REPLACEMENT), tree.parents[:, 1:], q)
+    kind = torch.full_like(node, WITHOUT_REPLACEMENT)
+    return Draws(node, kind, tree.parents[:, 1:], q, width, frozenset({WITHOUT_REPLACEMENT}))
