@@ -1,12 +1,15 @@
 """The exact law of the tokens that a rule emits, on toy vocabularies: no statistics, no tolerance but rounding.
 
-Two ways to take a rule in:
+Three ways to take a rule in:
 
 - as a *definition*: plain Python that draws by ``coins.flip(probabilities)``. ``enumerate_law`` replays it once per
   outcome of all coins, so drafters that sample, rejections and residuals need nothing special;
 - as the *code that runs*: an ``AcceptanceRule`` whose outcome is piecewise constant in its uniforms. ``uniform_law``
   runs it on one point of every cell, with the uniforms placed per output position as the loop places them, so that what
-  one step looks at and leaves for the next is part of the test.
+  one step looks at and leaves for the next is part of the test;
+- as *both*: where a definition says which coin or uniform each flip stands for, every run of it is a box in the space
+  of coins and uniforms. ``code_law`` runs the code on points of every box, and weighs what it emits there with the mass
+  of the box. Code and definition may only differ on the boundaries, which have none.
 
 Words: a *context* is the tuple of tokens emitted so far; ``p(context)`` the target's next-token distribution.
 """
@@ -23,11 +26,13 @@ import torch
 from torch import Tensor
 
 from specdec.interfaces import AcceptanceRule
-from specdec.tree import TokenTree, Topology
+from specdec.tree import CANDIDATE, PADDING, POINT, Draws, TokenTree, Topology
 
 Context = tuple[int, ...]
 Target = Callable[[Context], Sequence[float]]
 Law = dict[Context, float]
+Place = tuple[str, int]
+"""``("uniform", depth)`` or ``("coin", index)``."""
 
 
 class Coins:
@@ -37,15 +42,52 @@ class Coins:
         self.script = list(script)
         self.flips: list[tuple[int, list[int]]] = []
         self.probability = 1.0
+        self.cells: dict[Place, tuple[float, float]] = {}
 
-    def flip(self, probabilities: Sequence[float]) -> int:
-        """The index of one outcome; zero-probability outcomes never come up."""
+    def flip(self, probabilities: Sequence[float], at: Place | None = None) -> int:
+        """The index of one outcome; zero-probability outcomes never come up.
+
+        Args:
+            probabilities: of the outcomes.
+            at: the random number that decides by inverse CDF, where it is one that a rule is given.
+        """
         options = [index for index, value in enumerate(probabilities) if value > 0]
         place = len(self.flips)
         choice = self.script[place] if place < len(self.script) else options[0]
         self.flips.append((choice, options))
         self.probability *= probabilities[choice]
+        if at is not None:
+            assert at not in self.cells, "a random number decides once"
+            low = math.fsum(probabilities[:choice])
+            self.cells[at] = (low, low + probabilities[choice])
         return choice
+
+
+class Given(Coins):
+    """Coins that come up as given random numbers say."""
+
+    def __init__(self, uniforms: Sequence[float], coins: Sequence[float]) -> None:
+        super().__init__(())
+        self.numbers = {"uniform": uniforms, "coin": coins}
+
+    def flip(self, probabilities: Sequence[float], at: Place | None = None) -> int:
+        """The outcome in whose share of the sum the number lies."""
+        assert at is not None
+        bar, total = self.numbers[at[0]][at[1]] * math.fsum(probabilities), 0.0
+        for index, value in enumerate(probabilities):
+            total += value
+            if bar < total:
+                return index
+        raise AssertionError("the sum is above every uniform below one")
+
+
+@dataclass
+class PlainEvent:
+    """How a child was proposed: by which kind of event, and from which distribution (before any removal)."""
+
+    child: int
+    kind: int
+    q: tuple[float, ...]
 
 
 @dataclass
@@ -54,11 +96,17 @@ class PlainTree:
 
     Attributes:
         q: for sampled children, per node that has children the distribution they were drawn from.
+        draws: the events in order; None where the drafter does not say.
     """
 
     parents: list[int]
     tokens: list[int]
     q: dict[int, Sequence[float]] = field(default_factory=dict)
+    draws: list[PlainEvent] | None = None
+
+    def events(self, node: int) -> list[tuple[int, PlainEvent]]:
+        """The numbered events at a node, in order."""
+        return [(e, event) for e, event in enumerate(self.draws or []) if self.parents[event.child] == node]
 
     def children(self, node: int) -> list[int]:
         """Children of a node in order of proposal."""
@@ -214,3 +262,133 @@ def _walk(rule: AcceptanceRule, plain: PlainTree, context: Context, p: Target, u
         tuple(token for token, node in zip(tokens, path, strict=True) if node >= 0)
         for tokens, path in zip(walk.tokens.tolist(), walk.path.tolist(), strict=True)
     ]
+
+
+def tree_of(plains: Sequence[PlainTree], vocab: int) -> TokenTree:
+    """One batch of plain trees, each a row; smaller ones end in padding, of nodes and of events."""
+    nodes = max(len(plain.parents) for plain in plains)
+    fill = [nodes - len(plain.parents) for plain in plains]
+    parents = torch.tensor([plain.parents + [0] * more for plain, more in zip(plains, fill, strict=True)])
+    tokens = torch.tensor([plain.tokens + [0] * more for plain, more in zip(plains, fill, strict=True)])
+    role = torch.tensor([[CANDIDATE] * (nodes - more) + [PADDING] * more for more in fill])
+    topology = Topology(parents, max(len(word) for plain in plains for word in plain.words()))
+    tree = TokenTree(tokens, topology, role if any(fill) else None)
+    if any(plain.draws is not None for plain in plains):
+        tree.draws = _draws_of(plains, vocab)
+    return tree
+
+
+def _draws_of(plains: Sequence[PlainTree], vocab: int) -> Draws:
+    count = max(len(plain.draws or []) for plain in plains)
+    tables = [list(dict.fromkeys(event.q for event in plain.draws or [])) for plain in plains]
+    rows = max(1, *map(len, tables))
+    q = torch.zeros(len(plains), rows, vocab, dtype=torch.float64)
+    entries = torch.tensor([-1, POINT, 0]).repeat(len(plains), count, 1)
+    for row, (plain, table) in enumerate(zip(plains, tables, strict=True)):
+        for e, event in enumerate(plain.draws or []):
+            entries[row, e] = torch.tensor([event.child, event.kind, table.index(event.q)])
+        q[row, : len(table)] = torch.tensor(table, dtype=torch.float64).view(len(table), vocab)
+    return Draws(entries[..., 0], entries[..., 1], entries[..., 2], q)
+
+
+def scores_of(plains: Sequence[PlainTree], p: Target, vocab: int) -> Tensor:
+    """float64 ``[B, N, V]``: log p at every node."""
+    scores = torch.zeros(len(plains), max(len(plain.parents) for plain in plains), vocab, dtype=torch.float64)
+    for row, plain in enumerate(plains):
+        for node, word in enumerate(plain.words()):
+            scores[row, node] = torch.tensor(p(word), dtype=torch.float64)
+    return scores.log()
+
+
+def emissions(
+    rule: AcceptanceRule, plains: Sequence[PlainTree], p: Target, vocab: int, uniforms: Tensor, coins: Tensor
+) -> list[Context]:
+    """What the code emits for a batch of trees; it is given as many of the numbers as it says it wants."""
+    tree = tree_of(plains, vocab)
+    wanted = rule.num_coins(tree)
+    ahead = uniforms[:, : tree.topology.max_depth + 1]
+    walk = rule.accept(tree, scores_of(plains, p, vocab), ahead, coins[:, :wanted] if wanted else None)
+    taken = [
+        [(token, node) for token, node in zip(tokens, path, strict=True) if node >= 0]
+        for tokens, path in zip(walk.tokens.tolist(), walk.path.tolist(), strict=True)
+    ]
+    for plain, row in zip(plains, taken, strict=True):
+        nodes = [node for _, node in row]
+        assert nodes[0] == 0 and [plain.parents[node] for node in nodes[1:]] == nodes[:-1], "a path from the root"
+        assert [plain.tokens[node] for node in nodes[1:]] == [token for token, _ in row][:-1], "its own tokens"
+    return [tuple(token for token, _ in row) for row in taken]
+
+
+@dataclass
+class Box:
+    """One run of a definition: its tree, what it emitted, its mass, and the numbers for which it runs so."""
+
+    tree: PlainTree
+    emitted: Context
+    mass: float
+    cells: dict[Place, tuple[float, float]]
+
+
+def boxes(rule: PlainRule, drafter: PlainDrafter, p: Target) -> list[Box]:
+    """Every run of one step from the empty context."""
+    found: list[Box] = []
+
+    def run(coins: Coins) -> Context:
+        tree = drafter((), 0, coins)
+        words = tree.words()
+        emitted = tuple(rule(tree, lambda node: p(words[node]), coins))
+        found.append(Box(tree, emitted, coins.probability, coins.cells))
+        return emitted
+
+    _enumerate(run)
+    return found
+
+
+def code_law(
+    rule: AcceptanceRule, definition: PlainRule, drafter: PlainDrafter, p: Target, vocab: int, points: int = 2
+) -> Law:
+    """Law of one step of the code, uncut, by its values on points of the boxes of its definition.
+
+    Numbers that a box leaves open are random. What the code emits must be the same all over a box.
+    """
+    known = [box for box in boxes(definition, drafter, p) if _width(box) > 1e-9]
+    assert math.fsum(box.mass for box in known) > 1 - 1e-13, "what is left out is rounding"
+    plains = [box.tree for box in known]
+    generator = torch.Generator().manual_seed(0)
+    depth = max(len(word) for plain in plains for word in plain.words())
+    count = max(max(len(plain.parents), len(plain.draws or [])) for plain in plains)
+    emitted: list[list[Context]] = []
+    for _ in range(points):
+        numbers = {
+            "uniform": torch.rand(len(known), depth + 1, generator=generator, dtype=torch.float64),
+            "coin": torch.rand(len(known), count, generator=generator, dtype=torch.float64),
+        }
+        for row, box in enumerate(known):
+            for (stream, index), (low, high) in box.cells.items():
+                inside = 0.001 + 0.998 * float(numbers[stream][row, index])
+                numbers[stream][row, index] = low + (high - low) * inside
+        emitted.append(emissions(rule, plains, p, vocab, numbers["uniform"], numbers["coin"]))
+    masses: dict[Context, list[float]] = defaultdict(list)
+    for outcomes, box in zip(zip(*emitted, strict=True), known, strict=True):
+        assert len(set(outcomes)) == 1, "the code changes its mind inside a box"
+        masses[outcomes[0]].append(box.mass)
+    return {outcome: math.fsum(parts) for outcome, parts in masses.items()}
+
+
+def _width(box: Box) -> float:
+    return min((high - low for low, high in box.cells.values()), default=1.0)
+
+
+def completed(law: Law, p: Target, length: int, vocab: int) -> Law:
+    """Law of the first ``length`` tokens, when what follows one step is drawn from p."""
+    masses: dict[Context, list[float]] = defaultdict(list)
+    for emitted, mass in law.items():
+        start = emitted[:length]
+        for rest, share in joint(lambda word, s=start: p(s + word), length - len(start), vocab).items():  # type: ignore[misc]
+            masses[start + rest].append(mass * share)
+    return {word: math.fsum(parts) for word, parts in masses.items()}
+
+
+def mean_accepted(law: Law) -> float:
+    """Expected number of accepted tokens of a law of uncut emissions."""
+    return math.fsum((len(emitted) - 1) * mass for emitted, mass in law.items())

@@ -32,9 +32,29 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
     # A node is reached when no node on its path, itself included, is missed; at most one per depth is.
     missed = (topology.steps & ~hit[:, None]).any(-1)
     last = topology.depths.masked_fill(missed, -1).argmax(-1)
-    paths = topology.paths.expand(tree.batch_size, -1, -1)
-    path = paths.gather(1, last[:, None, None].expand(-1, 1, paths.shape[2])).squeeze(1)
+    path = path_to(tree, last)
     return Walk(path, chosen.gather(1, path.clamp(min=0)))
+
+
+def path_to(tree: TokenTree, node: Tensor) -> Tensor:
+    """int64 ``[B, D+1]``: the nodes from the root to ``node [B]``, padded with -1."""
+    paths = tree.topology.paths.expand(tree.batch_size, -1, -1)
+    return paths.gather(1, node[:, None, None].expand(-1, 1, paths.shape[2])).squeeze(1)
+
+
+def stop_at(tree: TokenTree, node: Tensor, emitted: Tensor) -> Walk:
+    """Accept the path to ``node [B]`` and emit the token ``emitted [B]`` after it."""
+    path = path_to(tree, node)
+    tokens = tree.token_ids.gather(1, path.clamp(min=0)).roll(-1, dims=1)
+    last = (path >= 0).sum(-1, keepdim=True) - 1
+    return Walk(path, tokens.scatter(1, last, emitted[:, None]))
+
+
+def reachable(tree: TokenTree) -> Tensor:
+    """bool ``[B, N]``: candidates below candidates only, and the root."""
+    if tree.candidates is None:
+        return torch.ones_like(tree.token_ids, dtype=torch.bool)
+    return ~(tree.topology.steps & ~tree.candidates[:, None]).any(-1)
 
 
 def probabilities(scores: Tensor) -> Tensor:
