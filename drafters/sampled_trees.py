@@ -94,7 +94,7 @@ def draw_distinct(q: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         int64 ``[B, n, k]`` in the order of the draws, and float64 ``[B, n, k]``, the mass that was left before each; 0
         where nothing was (the token means nothing then).
     """
-    weights = q.double()
+    weights = q.to(torch.float64, copy=True)
     tokens: list[Tensor] = []
     left: list[Tensor] = []
     for draw in range(uniforms.shape[-1]):
