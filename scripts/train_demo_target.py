@@ -18,7 +18,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_target_corpus import DOMAINS, Stream, documents, encode_all, find_gsm8k, train_tokenizer
+from demo_target_loops import chat_prompt, greedy, repeat_origins
 from specdec.demo.heldout import ends_in_loop, heldout_functions, heldout_gsm8k
 
 log = logging.getLogger("train_demo_target")
@@ -293,36 +294,35 @@ def heldout_loss(model: LlamaForCausalLM, docs: list[np.ndarray], recipe: Recipe
     return float(torch.cat([token_losses(model, batch) for batch in batches]).mean())
 
 
-def prompts_of(domain: str, gsm8k: Path, count: int) -> list[str]:
-    """``count`` held-out user turns of one domain, spread evenly over those there are."""
-    turns = heldout_gsm8k(gsm8k) if domain == "gsm8k" else [function.request for function in heldout_functions()]
-    return [turns[i * len(turns) // count] for i in range(count)]
-
-
-@torch.inference_mode()
-def continuations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, turns: list[str]) -> Iterator[list[int]]:
-    """The greedy answer (128 new tokens at most, end-of-text and padding removed) to each user turn."""
-    chats = [[{"role": "user", "content": turn}] for turn in turns]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs.pop("token_type_ids", None)
-    ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    for row in ids.tolist():
-        yield row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+def heldout_prompts(gsm8k: Path, count: int) -> dict[str, list[str]]:
+    """``count`` held-out prompts of each kind, spread evenly over those there are: two in chat form, one plain."""
+    functions = heldout_functions()
+    every = {
+        "gsm8k": [chat_prompt(question) for question in heldout_gsm8k(gsm8k)],
+        "code": [chat_prompt(function.request) for function in functions],
+        "header": [function.header for function in functions],
+    }
+    return {kind: [texts[i * len(texts) // count] for i in range(count)] for kind, texts in every.items()}
 
 
 def evaluate(target: Path, recipe: Recipe, gsm8k: Path, samples: int = 3, count: int = 40) -> None:
-    """Log the held-out loss, the share of greedy answers that loop and a few answers, per domain."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval()
+    """Log the held-out losses, and for each kind of prompt the share of greedy answers that loop and a few answers."""
     tokenizer = AutoTokenizer.from_pretrained(target)
-    for domain in DOMAINS:
-        loss = heldout_loss(model, encode_all(tokenizer, documents(domain, gsm8k, True)), recipe)
-        turns = prompts_of(domain, gsm8k, count)
-        answers = list(continuations(model, tokenizer, turns))
-        loops, ended = sum(map(ends_in_loop, answers)), sum(len(answer) < 128 for answer in answers)
-        for turn, answer in list(zip(turns, answers, strict=True))[:: max(1, count // samples)]:
-            log.info("[%s] %s\n--> %s\n", domain, turn, tokenizer.decode(answer))
-        log.info("%s: loss %.3f nats/token, %d of %d loop, %d end by themselves", domain, loss, loops, count, ended)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+        for domain in DOMAINS if dtype == torch.bfloat16 else ():
+            loss = heldout_loss(model, encode_all(tokenizer, documents(domain, gsm8k, True)), recipe)
+            log.info("%s: held-out loss %.3f nats/token", domain, loss)
+        for kind, prompts in heldout_prompts(gsm8k, count).items():
+            answers = [answer for _, answer in greedy(model, tokenizer, prompts, 128)]
+            for prompt, answer in list(zip(prompts, answers, strict=True))[:: max(1, count // samples)]:
+                log.info("[%s] %s\n--> %s\n", kind, prompt, tokenizer.decode(answer))
+            loops, ended = sum(map(ends_in_loop, answers)), sum(len(answer) < 128 for answer in answers)
+            repeats = sum((repeat_origins(answer) >= 0).any() for answer in answers)
+            log.info(
+                "%s, %s: of %d answers %d loop, %d repeat something, %d end by themselves",
+                kind, dtype, count, loops, repeats, ended,
+            )  # fmt: skip
 
 
 def main() -> None:
