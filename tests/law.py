@@ -148,6 +148,7 @@ def enumerate_law(rule: PlainRule, drafter: PlainDrafter, p: Target, length: int
         while len(context) < length:
             tree = drafter(context, step, coins)
             words = tree.words()
+            coins.cells.clear()  # every step has random numbers of its own
             context += tuple(rule(tree, lambda node, c=context, w=words: p(c + w[node]), coins))  # type: ignore[misc]
             step += 1
         return context[:length]
@@ -282,22 +283,21 @@ def _draws_of(plains: Sequence[PlainTree], vocab: int) -> Draws:
     count = max(len(plain.draws or []) for plain in plains)
     tables = [list(dict.fromkeys(event.q for event in plain.draws or [])) for plain in plains]
     rows = max(1, *map(len, tables))
-    q = torch.zeros(len(plains), rows, vocab, dtype=torch.float64)
-    entries = torch.tensor([-1, POINT, 0]).repeat(len(plains), count, 1)
-    for row, (plain, table) in enumerate(zip(plains, tables, strict=True)):
-        for e, event in enumerate(plain.draws or []):
-            entries[row, e] = torch.tensor([event.child, event.kind, table.index(event.q)])
-        q[row, : len(table)] = torch.tensor(table, dtype=torch.float64).view(len(table), vocab)
-    return Draws(entries[..., 0], entries[..., 1], entries[..., 2], q)
+    q = torch.tensor([[*table, *[(0.0,) * vocab] * (rows - len(table))] for table in tables], dtype=torch.float64)
+    entries = [
+        [[event.child, event.kind, table.index(event.q)] for event in plain.draws or []]
+        + [[-1, POINT, 0]] * (count - len(plain.draws or []))
+        for plain, table in zip(plains, tables, strict=True)
+    ]
+    node, kind, q_row = torch.tensor(entries).view(len(plains), count, 3).unbind(-1)
+    return Draws(node, kind, q_row, q)
 
 
 def scores_of(plains: Sequence[PlainTree], p: Target, vocab: int) -> Tensor:
     """float64 ``[B, N, V]``: log p at every node."""
-    scores = torch.zeros(len(plains), max(len(plain.parents) for plain in plains), vocab, dtype=torch.float64)
-    for row, plain in enumerate(plains):
-        for node, word in enumerate(plain.words()):
-            scores[row, node] = torch.tensor(p(word), dtype=torch.float64)
-    return scores.log()
+    longest = max(len(plain.parents) for plain in plains)
+    known = [[p(word) for word in plain.words()] + [p(())] * (longest - len(plain.parents)) for plain in plains]
+    return torch.tensor(known, dtype=torch.float64).view(len(plains), longest, vocab).log()
 
 
 def emissions(
@@ -314,7 +314,7 @@ def emissions(
     ]
     for plain, row in zip(plains, taken, strict=True):
         nodes = [node for _, node in row]
-        assert nodes[0] == 0 and [plain.parents[node] for node in nodes[1:]] == nodes[:-1], "a path from the root"
+        assert [0, *(plain.parents[node] for node in nodes[1:])] == [nodes[0], *nodes[:-1]], "a path from the root"
         assert [plain.tokens[node] for node in nodes[1:]] == [token for token, _ in row][:-1], "its own tokens"
     return [tuple(token for token, _ in row) for row in taken]
 
@@ -344,14 +344,20 @@ def boxes(rule: PlainRule, drafter: PlainDrafter, p: Target) -> list[Box]:
     return found
 
 
-def code_law(
-    rule: AcceptanceRule, definition: PlainRule, drafter: PlainDrafter, p: Target, vocab: int, points: int = 2
-) -> Law:
+def law_of(found: Sequence[Box]) -> Law:
+    """Law of one step of the definition, uncut."""
+    masses: dict[Context, list[float]] = defaultdict(list)
+    for box in found:
+        masses[box.emitted].append(box.mass)
+    return {outcome: math.fsum(parts) for outcome, parts in masses.items()}
+
+
+def code_law(rule: AcceptanceRule, found: Sequence[Box], p: Target, vocab: int, points: int = 2) -> Law:
     """Law of one step of the code, uncut, by its values on points of the boxes of its definition.
 
     Numbers that a box leaves open are random. What the code emits must be the same all over a box.
     """
-    known = [box for box in boxes(definition, drafter, p) if _width(box) > 1e-9]
+    known = [box for box in found if _width(box) > 1e-9]
     assert math.fsum(box.mass for box in known) > 1 - 1e-13, "what is left out is rounding"
     plains = [box.tree for box in known]
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from specdec.tree import POINT, WITH_REPLACEMENT, WITHOUT_REPLACEMENT
 P = Callable[[int], Sequence[float]]
 Plan = Sequence[Sequence[int]]
 """Per depth, the kinds of the events at every node of that depth."""
+UNNAMED = -1  # a chosen child that no event names
 
 
 def normalised(values: Sequence[float]) -> list[float]:
@@ -21,12 +22,19 @@ def normalised(values: Sequence[float]) -> list[float]:
     return [value / total for value in values]
 
 
-def drawn_from(tree: PlainTree, node: int, number: int) -> list[float]:
-    """The distribution of the ``number``-th event at a node, as it was when the event happened."""
+def proposals(tree: PlainTree, node: int) -> list[PlainEvent]:
+    """The events at a node, and after them one for every child that none of them names."""
     events = [event for _, event in tree.events(node)]
+    named = {event.child for event in events}
+    return events + [PlainEvent(child, POINT, ()) for child in tree.children(node) if child not in named]
+
+
+def drawn_from(tree: PlainTree, node: int, number: int, vocab: int) -> list[float]:
+    """The distribution of the ``number``-th event at a node, as it was when the event happened."""
+    events = proposals(tree, node)
     event = events[number]
     if event.kind == POINT:
-        return [float(token == tree.tokens[event.child]) for token in range(len(event.q))]
+        return [float(token == tree.tokens[event.child]) for token in range(vocab)]
     q = list(event.q)
     for earlier in events[:number]:
         if event.kind == earlier.kind == WITHOUT_REPLACEMENT and event.q == earlier.q:
@@ -47,7 +55,7 @@ def recursive_rejection(tree: PlainTree, p: P, coins: Coins) -> list[int]:
         events = tree.events(node)
         draws = [number for number, (_, event) in enumerate(events) if event.kind != POINT]
         for number, (coin, event) in enumerate(events[: max(draws, default=-1) + 1]):
-            q, token = drawn_from(tree, node, number), tree.tokens[event.child]
+            q, token = drawn_from(tree, node, number, len(remaining)), tree.tokens[event.child]
             share = min(1.0, remaining[token] / q[token])
             if coins.flip([share, 1 - share], ("coin", coin)) == 0:
                 following = event.child
@@ -70,11 +78,11 @@ def block(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     while tree.children(line[-1]):
         line += tree.children(line[-1])
     tokens = [tree.tokens[node] for node in line]
-    proposals = [drawn_from(tree, node, 0) if tree.events(node) else one_point(tree, node, p) for node in line[:-1]]
+    q = [drawn_from(tree, node, 0, len(p(node))) for node in line[:-1]]
     values, length = [1.0], 0
     for i in range(1, len(line)):
-        values.append(min(1.0, values[-1] * p(line[i - 1])[tokens[i]] / proposals[i - 1][tokens[i]]))
-    lefts = [residual([values[i] * v for v in p(line[i])], proposals[i]) for i in range(len(line) - 1)]
+        values.append(min(1.0, values[-1] * p(line[i - 1])[tokens[i]] / q[i - 1][tokens[i]]))
+    lefts = [residual([values[i] * v for v in p(line[i])], q[i]) for i in range(len(line) - 1)]
     for i in range(1, len(line)):
         passing = values[i]
         if i < len(line) - 1:
@@ -86,11 +94,6 @@ def block(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     return [*tokens[1 : length + 1], coins.flip(rest, ("uniform", length))]
 
 
-def one_point(tree: PlainTree, node: int, p: P) -> list[float]:
-    child = tree.children(node)[0]
-    return [float(token == tree.tokens[child]) for token in range(len(p(node)))]
-
-
 def traversal(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     """Go to the first leaf left; accept its path or cut it off and let its parent lose the draw."""
     pending: dict[int, list[int]] = {}
@@ -99,11 +102,12 @@ def traversal(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     path = [0]
 
     def visit(node: int) -> None:
-        pending[node] = list(range(len(tree.events(node))))
+        pending[node] = list(range(len(proposals(tree, node))))
         left[node] = list(p(node))
 
     def lose(node: int) -> None:
-        rest = residual([value[node] * v for v in left[node]], drawn_from(tree, node, pending[node].pop(0)))
+        q = drawn_from(tree, node, pending[node].pop(0), len(left[node]))
+        rest = residual([value[node] * v for v in left[node]], q)
         total = math.fsum(rest)
         whole = total + 1 - value[node]
         value[node] = total / whole if whole > 0 else 1.0
@@ -113,11 +117,11 @@ def traversal(tree: PlainTree, p: P, coins: Coins) -> list[int]:
     while True:
         node = path[-1]
         if pending[node]:
-            event = tree.events(node)[pending[node][0]][1]
+            event = proposals(tree, node)[pending[node][0]]
             if event.child in cut:
                 lose(node)  # the same token once more: nothing of p is left for it
                 continue
-            q, token = drawn_from(tree, node, pending[node][0]), tree.tokens[event.child]
+            q, token = drawn_from(tree, node, pending[node][0], len(left[node])), tree.tokens[event.child]
             value[event.child] = min(1.0, value[node] * left[node][token] / q[token])
             path.append(event.child)
             visit(event.child)
@@ -137,8 +141,8 @@ def q_of(context: Context, vocab: int, which: int = 0) -> tuple[float, ...]:
 def sampled(plan: Plan, vocab: int, own_q: bool = False, zeros: bool = False) -> PlainDrafter:
     """Draws children as the plan says at every node of each depth and records how.
 
-    A chosen child (POINT) is the likeliest token of q that is no child yet. With ``own_q`` every draw with replacement
-    has a distribution of its own; with ``zeros`` one token is never drafted.
+    A chosen child (POINT, or UNNAMED where that is not recorded) is the likeliest token that is no child yet. With
+    ``own_q`` every draw with replacement has a distribution of its own; with ``zeros`` one token is never drafted.
     """
 
     def propose(context: Context, step: int, coins: Coins) -> PlainTree:  # noqa: ARG001 - the drafter's signature
@@ -157,8 +161,11 @@ def sampled(plan: Plan, vocab: int, own_q: bool = False, zeros: bool = False) ->
         for number, kind in enumerate(kinds):
             which = number if own_q and kind == WITH_REPLACEMENT else 0
             q = toy_target(vocab, seed=77 + which, zeros=zeros)(words[node])
-            if kind == POINT:
-                token = max((t for t in range(vocab) if t not in made), key=lambda t: q[t])
+            if kind in (POINT, UNNAMED):
+                free = [t for t in range(vocab) if t not in made]
+                if not free:
+                    continue
+                token = max(free, key=lambda t: q[t])
             elif kind == WITH_REPLACEMENT:
                 token = coins.flip(q)
             else:
@@ -173,7 +180,8 @@ def sampled(plan: Plan, vocab: int, own_q: bool = False, zeros: bool = False) ->
                 tree.tokens.append(token)
                 words[made[token]] = (*words[node], token)
             assert tree.draws is not None
-            tree.draws.append(PlainEvent(made[token], kind, tuple(q)))
+            if kind != UNNAMED:
+                tree.draws.append(PlainEvent(made[token], kind, tuple(q)))
         return list(made.values())
 
     return propose

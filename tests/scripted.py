@@ -5,13 +5,23 @@ Shapes: B rows, N nodes of a tree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs
-from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, POINT, Draws, TokenTree, Topology, root_only
+from specdec.tree import (
+    CANDIDATE,
+    FEED_ONLY,
+    PADDING,
+    POINT,
+    WITHOUT_REPLACEMENT,
+    Draws,
+    TokenTree,
+    Topology,
+    root_only,
+)
 
 
 def tree_of(
@@ -144,6 +154,84 @@ class Drawn(Right):
             q = torch.full((tree.batch_size, 1, self.vocab_size), 1 / self.vocab_size)
             tree.draws = Draws(node, torch.full_like(node, POINT), torch.zeros_like(node), q)
         return tree
+
+
+class Sampled(BaseDrafter):
+    """Draws children from a known q, as the plan of the step says, and records how.
+
+    Args:
+        q: float ``[V, V]``, the draft distribution after each token.
+        plans: taken in turn, one per step; per depth the kinds of the events at every node. A chosen child (POINT) is
+            the likeliest token that is no child yet.
+    """
+
+    name = "sampled"
+
+    def __init__(self, q: torch.Tensor, plans: Sequence[Sequence[Sequence[int]]]) -> None:
+        self.q, self.plans, self.steps = q, plans, 0
+        self.needs = Needs(max_nodes=1 + max(map(_nodes_of, plans)))
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        """One tree of the same shape for all rows; a token drawn again leaves a node of padding."""
+        plan = self.plans[self.steps % len(self.plans)]
+        self.steps += 1
+        tokens, alive = [state.root], [torch.ones_like(state.root, dtype=torch.bool)]
+        parents, level, events = [0], [0], list[torch.Tensor]()
+        for kinds in plan:
+            following: list[int] = []
+            for node in level:
+                made = range(len(tokens), len(tokens) + len(kinds))
+                following += made
+                parents += [node] * len(kinds)
+                for token, first, event in self._children(tokens[node], alive[node], kinds, made, state.generator):
+                    tokens.append(token)
+                    alive.append(first)
+                    events.append(torch.stack([event, torch.full_like(event, kinds[len(tokens) - 1 - made[0]])], -1))
+            level = following
+        topology = Topology(torch.tensor([parents]), len(plan))
+        role = torch.where(torch.stack(alive, 1), CANDIDATE, PADDING)
+        tree = TokenTree(torch.stack(tokens, 1), topology, role, sources=("sampled",))
+        if events:
+            child, kind = torch.stack(events, 1).unbind(-1)
+            # Row n of q is what node n's children are drawn from.
+            of = torch.tensor(parents[1:]).expand_as(child)
+            tree.draws = Draws(child, kind, of, self.q[tree.token_ids].float(), width=max(map(len, plan)))
+        tree.check()
+        return tree
+
+    def _children(
+        self,
+        parent: torch.Tensor,
+        alive: torch.Tensor,
+        kinds: Sequence[int],
+        made: range,
+        generator: torch.Generator,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per event and row: its token, whether that is new among its siblings, and the node it names."""
+        q = self.q[parent].float()
+        taken = torch.full_like(q, -1, dtype=torch.int64)  # token -> the node that holds it
+        drawable = q.clone()
+        for node, kind in zip(made, kinds, strict=True):
+            if kind == POINT:
+                token = q.masked_fill(taken >= 0, -1).argmax(1)
+            else:
+                weights = drawable if kind == WITHOUT_REPLACEMENT else q
+                token = torch.multinomial(weights, 1, generator=generator).squeeze(1)
+            if kind == WITHOUT_REPLACEMENT:
+                drawable = drawable.scatter(1, token[:, None], 0.0)
+            holder = taken.gather(1, token[:, None]).squeeze(1)
+            first = holder < 0
+            holder = torch.where(first, node, holder)
+            taken = taken.scatter(1, token[:, None], holder[:, None])
+            yield token, first & alive, torch.where(alive, holder, -1)
+
+
+def _nodes_of(plan: Sequence[Sequence[int]]) -> int:
+    width, nodes = 1, 0
+    for kinds in plan:
+        width *= len(kinds)
+        nodes += width
+    return nodes
 
 
 def expected_lengths(text: Sequence[int], proposals: Sequence[Sequence[int]]) -> list[int]:

@@ -57,7 +57,7 @@ class Block:
         left = (value[:, :-1, None] * p[:, :-1] - q).clamp_(min=0)
         total = left.sum(-1)
         whole = total + 1 - value[:, :-1]
-        passing = torch.where(whole > 0, total / whole, 1.0)
+        passing = torch.where(whole == 0, 1.0, total / whole)
         longest = torch.cat([~there, torch.ones_like(there[:, :1])], dim=1)  # no proposal after this length
         passing = torch.where(longest, value, torch.cat([passing, value[:, -1:]], dim=1))
         passed = (coins < passing[:, 1:]) & there

@@ -109,7 +109,7 @@ def _lose(r: Tensor, a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     total = left.sum(-1)
     whole = total + 1 - a
     kept = torch.where((total > 0)[:, None], left / total[:, None], r)
-    return kept, torch.where(whole > 0, total / whole, 1.0)
+    return kept, torch.where(whole == 0, 1.0, total / whole)
 
 
 def _post_order(tree: TokenTree, first: Tensor) -> Tensor:

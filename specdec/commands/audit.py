@@ -12,7 +12,7 @@ from rich.table import Table
 
 from specdec.audit import audit
 from specdec.commands._session import Session
-from specdec.demo.view import verdict
+from specdec.demo.view import LOSSY, verdict
 from specdec.generation import speculation_of
 
 
@@ -45,11 +45,12 @@ def run(config: DictConfig) -> int:
     for line in verdict(result, session.show_token):
         console.print(line)
     if not stats.lossless:
-        console.print("[yellow]the acceptance rule is lossy by design[/yellow]")
+        console.print(LOSSY)
     if config.output is not None:
         report = {
             **result.as_dict(),
             "drafter": stats.drafter,
+            "lossless": stats.lossless,
             "target": session.loaded.name,
             "dtype": str(session.model.dtype),
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.audit import audit
 from specdec.commands._session import Session
-from specdec.demo.view import PlainStream, SpeculativeView, comparison, legend, verdict
+from specdec.demo.view import LOSSY, PlainStream, SpeculativeView, comparison, legend, verdict
 from specdec.generation import plainly, speculation_of
 
 
@@ -38,6 +38,8 @@ def _show(session: Session, console: Console, ids: list[Tensor]) -> int:
     console.print(legend(handle.drafter.name))
     stats = handle.stats
     console.print(f"{stats.mean_accepted_tokens:.2f} mean accepted tokens, {stats.tokens_per_second:.0f} tokens/s")
+    if not stats.lossless:
+        console.print(LOSSY)
     return 0
 
 
@@ -64,8 +66,11 @@ def _compare(session: Session, console: Console, ids: list[Tensor]) -> int:
         tokens[1] += text.shape[1] - row.shape[1]
         ours.append(text)
     console.print(comparison(plain_seconds, seconds, (tokens[0], tokens[1]), handle.stats))
-    if session.options()["do_sample"]:
+    if not handle.stats.lossless:
+        console.print(LOSSY)
+    elif session.options()["do_sample"]:
         console.print("sampled texts follow the same law; they differ from plain's, whose random numbers are others")
+    if session.options()["do_sample"]:
         return 0
     result = audit(session.model, [session.pair(row, text) for row, text in zip(ids, ours, strict=True)])
     for line in verdict(result, session.show_token):

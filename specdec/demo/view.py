@@ -17,6 +17,8 @@ from specdec.metrics import PHASES, SpeculationStats
 
 PLAIN, DRAFTED, OWN = "white", "bold cyan", "bold yellow"
 
+LOSSY = "[yellow]the acceptance rule is lossy by design: sampled texts do not follow the target's own law[/yellow]"
+
 
 class TextView:
     """Prints the first row of a batch as it grows; time spent printing is kept apart from time spent decoding.
