@@ -17,7 +17,8 @@ from torch import Tensor
 
 from drafters.base import BaseDrafter
 from drafters.follower import Follower, Growth
-from drafters.sampled_trees import Beam, Branching, Chains, Grown, Shape, TopK
+from drafters.ranked_trees import Grown, Shape, TopK
+from drafters.sampled_trees import Beam, Branching, Chains
 from specdec import capabilities
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER

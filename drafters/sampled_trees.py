@@ -1,7 +1,7 @@
-"""Trees that a draft model grows level by level: by its best tokens, or by samples whose law is on record.
+"""Trees that a draft model draws: independent chains, RSD-C and RSD-S, with the law of every draw on record.
 
-Deterministic shapes take the most likely tokens (point masses). Sampled ones draw every child from the draft
-distribution q of its parent and record the events in ``Draws``, which rejection rules replay.
+Every child is drawn from the draft distribution q of its parent, and the events are recorded in ``Draws``, which
+rejection rules replay. Without uniforms the same shapes take the most likely tokens instead.
 
 Sampling without replacement is done as a race instead of by Gumbel noise over the whole vocabulary (Gumbel top-k; Kool
 et al., arXiv:1903.06059): token x finishes at an exponential time of rate q(x), so the first to finish is a draw from
@@ -13,74 +13,15 @@ Shapes: B rows, n nodes of a level, w nodes of the next one, k children of a nod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from specdec.selection import argmax, top_k
-from specdec.tree import CANDIDATE, PADDING, WITH_REPLACEMENT, WITHOUT_REPLACEMENT, Draws, TokenTree, Topology, chain
-
-Uniforms = Callable[..., Tensor]
-"""``uniforms(*shape)`` -> float64 in [0, 1), on the device of the scores."""
-
-
-class Passes(Protocol):
-    """The draft model as the shapes see it. Nodes that were run are counted from 0, the root."""
-
-    def root(self) -> Tensor:
-        """Scores after the root, ``[B, 1, V]``: log-probabilities of q up to a constant."""
-        ...
-
-    def expand(self, tokens: Tensor, parents: Tensor | tuple[int, ...]) -> Tensor:
-        """Run ``tokens [B, w]`` below nodes ``parents [1 or B, w]`` -> scores ``[B, w, V]``."""
-        ...
-
-
-@dataclass
-class Grown:
-    """A tree and which of its nodes the draft model has run.
-
-    Attributes:
-        tree: the proposal.
-        run: int64 ``[1 or B, N]``, the number of the node among those that were run; -1 = it was not.
-    """
-
-    tree: TokenTree
-    run: Tensor
-
-
-class Shape(Protocol):
-    """A rule by which trees grow.
-
-    Attributes:
-        depth: of its deepest node.
-        max_nodes: of its largest tree, root included.
-        widest: most children of a node.
-    """
-
-    @property
-    def depth(self) -> int: ...
-
-    @property
-    def max_nodes(self) -> int: ...
-
-    @property
-    def widest(self) -> int: ...
-
-    def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:
-        """One tree per row.
-
-        Args:
-            root: int64 ``[B]``.
-            passes: the draft model.
-            depth: levels to grow, at least one and at most ``self.depth``.
-            uniforms: what samples are drawn by; None = take the most likely tokens.
-        """
-        ...
+from drafters.ranked_trees import Grown, Passes, Shape, Uniforms, best_children, roles, run_until
+from specdec.tree import WITH_REPLACEMENT, WITHOUT_REPLACEMENT, Draws, TokenTree, Topology, chain
 
 
 def draw_distinct(q: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,92 +57,6 @@ def _inverse(cdf: Tensor, uniforms: Tensor) -> Tensor:
     token = torch.searchsorted(cdf, uniforms * total, right=True)
     # Rounding can leave u * total on the last step; the last token with mass is then the right one.
     return torch.minimum(token, torch.searchsorted(cdf, total)).clamp_(max=cdf.shape[-1] - 1)
-
-
-def best_children(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The most likely tokens and their log-probabilities: ``[B, n, V]`` -> int64 and float32 ``[B, n, k]``."""
-    tokens = argmax(scores).unsqueeze(-1) if count == 1 else top_k(scores, count)
-    return tokens, scores.gather(-1, tokens) - scores.logsumexp(-1, keepdim=True)
-
-
-def _roles(dead: Tensor) -> Tensor:
-    """Roles of ``[B, N-1]`` nodes below the root."""
-    return torch.nn.functional.pad(dead.long() * PADDING, (1, 0), value=CANDIDATE)
-
-
-def _run_until(nodes: int, count: int, device: torch.device) -> Tensor:
-    """``run`` of a tree whose first ``count`` nodes were run in their own order."""
-    node = torch.arange(nodes, device=device)
-    return torch.where(node < count, node, -1)[None]
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The tree of EAGLE-2 (arXiv:2406.16858): expand the best, then keep the best of all that was scored.
-
-    A node is worth the product of the draft probabilities on its path. On every level the ``width`` best nodes are
-    expanded by ``width`` children each; in the end the ``num_nodes`` best of all levels stay. No child is worth more
-    than its parent, so they are closed under ancestors. (EAGLE-2 calls one level less its depth.)
-    """
-
-    depth: int
-    width: int
-    num_nodes: int
-
-    @property
-    def max_nodes(self) -> int:
-        return min(self.num_nodes, self._scored(self.depth)) + 1
-
-    @property
-    def widest(self) -> int:
-        return self.width
-
-    def _scored(self, depth: int) -> int:
-        return self.width + self.width**2 * (depth - 1)
-
-    def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:  # noqa: ARG002
-        width, batch, device = self.width, root.shape[0], root.device
-        tokens, values = (part.flatten(1) for part in best_children(passes.root(), width))
-        parents = torch.full_like(tokens, -1)  # index of the parent among all scored nodes; -1 = root
-        pools, runs = [(tokens, values, parents)], []
-        beam = torch.arange(width, device=device).expand(batch, -1)  # the nodes to expand, among all scored ones
-        below: Tensor | tuple[int, ...] = (0,) * width
-        for level in range(1, depth):
-            runs.append(beam)
-            scores = passes.expand(tokens, below)
-            following, steps = best_children(scores, width)
-            reached = (values[..., None] + steps).flatten(1)
-            pools.append((following.flatten(1), reached, beam.repeat_interleave(width, 1)))
-            values, chosen = reached.topk(width)
-            tokens = following.flatten(1).gather(1, chosen)
-            beam = chosen + (width + width**2 * (level - 1))
-            below = chosen // width + (1 + width * (level - 1))
-        run = torch.full((batch, self._scored(depth)), -1, device=device)
-        if runs:
-            order = torch.arange(1, width * len(runs) + 1, device=device)
-            run.scatter_(1, torch.cat(runs, 1), order.expand(batch, -1))
-        return self._rerank(root, [torch.cat(parts, 1) for parts in zip(*pools, strict=True)], run, depth)
-
-    def _rerank(self, root: Tensor, pool: Sequence[Tensor], run: Tensor, depth: int) -> Grown:
-        """The tree of the best of all scored nodes: tokens, values and parents ``[B, M]``."""
-        tokens, values, parents = pool
-        count = min(self.num_nodes, tokens.shape[1])
-        # Stable: of equal values the one on the upper level is the better, so the chosen ones stay closed.
-        best = values.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
-        place = torch.zeros_like(tokens).scatter_(
-            1, best, torch.arange(1, count + 1, device=root.device).expand_as(best)
-        )
-        above = parents.gather(1, best)
-        above = place.gather(1, above.clamp(min=0)).masked_fill_(above < 0, 0)
-        # Nothing on the host knows how deep the chosen ones reach; ``depth`` bounds it.
-        topology = Topology(torch.nn.functional.pad(above, (1, 0)), depth)
-        tree = TokenTree(
-            torch.cat([root[:, None], tokens.gather(1, best)], 1),
-            topology,
-            _roles(values.gather(1, best) == -torch.inf),
-            rank=torch.nn.functional.pad(best % self.width, (1, 0)),
-        )
-        return Grown(tree, torch.nn.functional.pad(run.gather(1, best), (1, 0)))
 
 
 @dataclass(frozen=True)
@@ -241,7 +96,7 @@ class Branching:
             tokens.append(drawn.flatten(1))
             dead.append((none_left | dead[-1][..., None]).flatten(1))
         gone = torch.cat(dead[1:], 1)
-        tree = TokenTree(torch.cat(tokens, 1), static.topology, _roles(gone), rank=static.rank)
+        tree = TokenTree(torch.cat(tokens, 1), static.topology, roles(gone), rank=static.rank)
         if laws:
             tree.draws = _one_event_each(tree, gone, torch.cat(laws, 1), self.widest)
         return Grown(tree, static.run)
@@ -267,7 +122,7 @@ def _static(branching: tuple[int, ...], device: torch.device) -> _Static:
         first, width = first + width, width * count
     parents = torch.tensor([[0, *(node for level in levels for node in level)]], device=device)
     rank = torch.tensor([ranks], device=device)
-    return _Static(tuple(levels), Topology(parents, len(branching)), rank, _run_until(len(ranks), first, device))
+    return _Static(tuple(levels), Topology(parents, len(branching)), rank, run_until(len(ranks), first, device))
 
 
 @dataclass(frozen=True)
@@ -309,10 +164,10 @@ class Beam:
             parents.append(below if isinstance(below, Tensor) else torch.zeros_like(chosen))
         above, gone = torch.cat(parents, 1), torch.cat(dead, 1)
         token_ids = torch.cat([root[:, None], *tokens], 1)
-        tree = TokenTree(token_ids, Topology(above, depth), _roles(gone), rank=torch.cat(ranks, 1))
+        tree = TokenTree(token_ids, Topology(above, depth), roles(gone), rank=torch.cat(ranks, 1))
         if isinstance(step, _Race):
             tree.draws = _one_event_each(tree, gone, torch.cat(step.laws, 1), width)
-        return Grown(tree, _run_until(above.shape[1], above.shape[1] - width, root.device))
+        return Grown(tree, run_until(above.shape[1], above.shape[1] - width, root.device))
 
 
 class _MostLikely:
@@ -397,15 +252,15 @@ class Chains:
         width, depth, device = self.width, len(tokens), root.device
         first = torch.arange(depth, device=device).repeat_interleave(width) * width + 1  # first node of each level
         node = torch.cat(shared[1:], 1) + first
-        parents = torch.nn.functional.pad(node[:, :-width], (width + 1, 0))
+        parents = pad(node[:, :-width], (width + 1, 0))
         topology = chain(depth + 1, device) if width == 1 else Topology(parents, depth)
         numbers = torch.arange(1, node.shape[1] + 1, device=device)
-        role = None if width == 1 else _roles(node != numbers)
+        role = None if width == 1 else roles(node != numbers)
         q_row = (numbers - width).clamp_(min=0).expand_as(node)
         kind = torch.full_like(node, WITH_REPLACEMENT)
         draws = Draws(node, kind, q_row, q, width, frozenset({WITH_REPLACEMENT}))
         tree = TokenTree(torch.cat([root[:, None], *tokens], 1), topology, role, draws=draws)
-        return Grown(tree, _run_until(tree.num_nodes, tree.num_nodes - width, device))
+        return Grown(tree, run_until(tree.num_nodes, tree.num_nodes - width, device))
 
 
 def _one_event_each(tree: TokenTree, gone: Tensor, q: Tensor, width: int) -> Draws:

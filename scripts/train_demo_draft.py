@@ -4,7 +4,7 @@ It starts from the target's own embedding, norm and first and last layer, and le
 position of the target's training texts (forward KL, all of the vocabulary). A run is resumed from its newest
 checkpoint; the data read by step ``s`` are a pure function of the seed and ``s``.
 
-    python scripts/train_demo_draft.py --steps 1200       # train, or go on; then export and evaluate
+    python scripts/train_demo_draft.py --steps 1300       # train, or go on; then export and evaluate
     python scripts/train_demo_draft.py --export           # write the newest checkpoint into the package
     python scripts/train_demo_draft.py --evaluate         # agreement with the target on held-out texts
 """
@@ -34,7 +34,7 @@ log = logging.getLogger("train_demo_draft")
 DRAFT = ROOT / "specdec" / "demo" / "draft"
 # Row length, batch and learning rates; the target's recipe holds for the rest.
 RECIPE = replace(
-    Recipe(), seed=1, layers=2, tokens_per_domain=2048, stable_len=256, muon_lr=5e-3, adamw_lr=1e-3, warmup_steps=20
+    Recipe(), seed=1, layers=2, tokens_per_domain=1024, stable_len=256, muon_lr=5e-3, adamw_lr=1e-3, warmup_steps=20
 )
 
 
@@ -45,7 +45,8 @@ def load_target(folder: Path) -> LlamaForCausalLM:
 
 def new_draft(target: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
     """A float32 model of ``layers`` layers out of the target's, the first and the last among them."""
-    config = type(target.config)(**(target.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}))
+    settings = {key: value for key, value in target.config.to_dict().items() if key != "layer_types"}
+    config = type(target.config)(**(settings | {"num_hidden_layers": layers}))
     draft = LlamaForCausalLM(config)
     draft.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
     draft.model.norm.load_state_dict(target.model.norm.state_dict())
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo_draft", help="checkpoint and log")
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--draft", type=Path, default=DRAFT, help="where the exported model goes")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--save-every", type=float, default=120.0, help="seconds between checkpoints")
     parser.add_argument("--export", action="store_true", help="only write the newest checkpoint to --draft")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate --draft")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafters.sampled_trees import Beam, Branching, Chains, Grown, Shape, TopK, draw_distinct
+from drafters.ranked_trees import Grown, Shape, TopK
+from drafters.sampled_trees import Beam, Branching, Chains, draw_distinct
 from law import Context, Law, distance, joint, toy_target
 from specdec.tree import PADDING, WITHOUT_REPLACEMENT, TokenTree
 
