@@ -41,7 +41,8 @@ class Topology:
 
     Args:
         parents: int64 ``[1 or B, N]``; node 0 is the root and its own parent, parents precede their children.
-        max_depth: depth of the deepest node, known to the builder (reading it off ``parents`` would synchronise).
+        max_depth: depth of the deepest node, or a bound above it, as the builder knows it (reading it off ``parents``
+            would synchronise).
     """
 
     def __init__(self, parents: Tensor, max_depth: int) -> None:
@@ -220,7 +221,8 @@ class TokenTree:
         assert bool((parents[:, 0] == 0).all()) and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
         assert bool((self.token_ids >= 0).all()), "absence is a role, never a token id"
         assert parents.shape[0] in (1, self.batch_size), "one shape for all rows, or one per row"
-        assert self.topology.max_depth == _longest_walk(parents), "the builder knows the depth of its deepest node"
+        # A builder that ranks on the device knows only how deep it has looked.
+        assert self.topology.max_depth >= _longest_walk(parents), "the builder knows how deep its nodes may lie"
         candidate = self.candidates
         alive = torch.ones_like(self.token_ids, dtype=torch.bool) if candidate is None else candidate
         same = (self.parents[:, :, None] == self.parents[:, None]) & (
