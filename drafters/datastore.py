@@ -26,6 +26,7 @@ except ImportError:  # the extra "retrieval"; suffixes are then sorted by numpy
     divsufsort = None
 
 FORMAT = 1
+HAS_LIBRARY = divsufsort is not None
 MAX_HITS = 500
 _PADDED_VOCABULARY = 1024  # models have up to so many logits more than their tokenizer has tokens
 
@@ -151,7 +152,7 @@ class Datastore:
     def continuations(
         self, text: np.ndarray, min_match: int, max_match: int, depth: int, max_hits: int = MAX_HITS
     ) -> tuple[int, np.ndarray]:
-        """What follows the occurrences of the text's longest suffix that occurs.
+        """What follows the occurrences of the text's longest suffix that occurs other than at a document's end.
 
         Args:
             text: int64 ``[T]``.
@@ -181,14 +182,10 @@ class Datastore:
 
 
 def _interval(tokens: np.ndarray, suffixes: np.ndarray, wanted: list[int]) -> tuple[int, int]:
-    """Where in ``suffixes`` those lie that begin with ``wanted``."""
+    """Where in ``suffixes`` those lie that begin with ``wanted`` and go on; the ends of documents sort before those."""
     length = len(wanted)
-
-    def head(position: int) -> list[int]:
-        return tokens[position : position + length].tolist()
-
-    start = bisect_left(suffixes, wanted, key=head)
-    return start, bisect_right(suffixes, wanted, lo=start, key=head)
+    start = bisect_left(suffixes, [*wanted, 1], key=lambda at: tokens[at : at + length + 1].tolist())
+    return start, bisect_right(suffixes, wanted, lo=start, key=lambda at: tokens[at : at + length].tolist())
 
 
 def _spread(start: int, stop: int, limit: int) -> np.ndarray:

@@ -306,7 +306,7 @@ def test_accepts_as_many_as_prompt_lookup() -> None:
     loaded = demo_target("float32")
     lookup = PromptLookup()
     theirs = ours = equal = 0
-    for function in heldout_functions()[:60]:
+    for function in heldout_functions()[:40]:
         prompt = loaded.encode(function.request)[0].tolist()
         text = [*prompt, *loaded.tokenizer(function.source)["input_ids"]]
 
@@ -320,7 +320,7 @@ def test_accepts_as_many_as_prompt_lookup() -> None:
         theirs += passes_needed(looked_up, text, len(prompt))
         ours += passes_needed(partial(retrieved, automaton=SuffixAutomaton(), like=False), text, len(prompt))
         equal += passes_needed(partial(retrieved, automaton=SuffixAutomaton(), like=True), text, len(prompt))
-    assert theirs > 1000
+    assert theirs > 700
     assert ours <= equal <= theirs, "fewer passes for the same text"
 
 
