@@ -15,6 +15,7 @@ import numpy as np
 
 from drafters.base import BaseDrafter
 from drafters.datastore import MAX_HITS, Datastore
+from drafters.matching import suffix_ends
 from drafters.tries import Nodes, most_frequent
 from specdec.interfaces import DecodeState, Needs
 from specdec.target import Target
@@ -80,13 +81,6 @@ class Rest(BaseDrafter):
 
     def _own(self, text: np.ndarray) -> np.ndarray:
         """int64 ``[H, depth]``: what followed the longest suffix of the text that occurred in it, -1 past its end."""
-        ends = found = np.empty(0, dtype=np.int64)
-        for size in range(1, min(self.max_match, len(text) - 1) + 1):
-            ends = np.flatnonzero(text[:-1] == text[-1]) if size == 1 else ends[ends >= size - 1]
-            ends = ends[text[ends - (size - 1)] == text[-size]]
-            if not len(ends):
-                break
-            if size >= self.min_match:
-                found = ends
+        found = suffix_ends(text[:-1], text, self.max_match, self.min_match)
         columns = found[-self.max_hits :, None] + np.arange(1, self.depth + 1)
         return np.where(columns < len(text), text[np.minimum(columns, len(text) - 1)], -1)

@@ -41,7 +41,7 @@ def test_suffixes_are_sorted(sort: Callable[[np.ndarray], np.ndarray], dtype: ty
     for symbols in (1, 2, 5, 60_000):
         for size in (0, 1, 2, 3, 17, 200):
             # Steps of 257 so that the order of the bytes matters.
-            tokens = (generator.integers(symbols, size=size) * 257 % 65_000).astype(dtype)
+            tokens: np.ndarray = (generator.integers(symbols, size=size) * 257 % 65_000).astype(dtype)
             order = sort(tokens)
             assert order.dtype == np.int32
             assert order.tolist() == sorted(range(size), key=lambda at: tokens[at:].tolist())

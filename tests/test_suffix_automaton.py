@@ -233,7 +233,7 @@ def test_trees_that_cannot_share_a_pass_are_refused() -> None:
             by_row(tree, other, [True, False], NoDrafter())
 
 
-@pytest.mark.parametrize("auxiliary", ["token_recycling", "prompt_lookup"])
+@pytest.mark.parametrize("auxiliary", ["token_recycling", "lookahead", "prompt_lookup"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_hybrid_keeps_the_text(auxiliary: str, batch: int) -> None:
     model, inputs = model_of("llama"), prompts(batch)
@@ -271,6 +271,7 @@ def test_an_auxiliary_is_given_by_name_by_config_or_built() -> None:
     assert by_name.auxiliary.name == "rest"
     assert isinstance(by_config, SamDecoding) and isinstance(by_config.auxiliary, SamDecoding)  # noqa: PT018
     assert isinstance(by_config.auxiliary.auxiliary, TokenRecycling)
+    assert isinstance(SamDecoding(auxiliary=PromptLookup()).auxiliary, PromptLookup)
     with pytest.raises(ValueError, match="unknown drafter 'tokn'; known: "):
         build_drafter("suffix_automaton", auxiliary="tokn")
     with pytest.raises(ValueError, match="expected a drafter"):
