@@ -2,9 +2,9 @@
 
 The window holds N-1 levels of W guessed tokens. Level 0 lies at the W positions after the root; level l, column c one
 position further than level l-1, whose guess it follows. A pass over the window yields the successor of its last level,
-so every column closes an N-gram; then the levels move down by one and the successors become the last level, however many
-tokens were accepted (moving the columns along as well was measured to accept less). N-grams go to a pool under their
-first token; those of the root are the candidates of the next pass.
+so every column closes an N-gram; then the levels move down by one and the successors become the last level. However
+many tokens were accepted, the columns stay (moving them along was measured to accept less). N-grams go to a pool under
+their first token; those of the root are the candidates of the next pass.
 
 The window needs no mask of its own: level 0 is a chain below the root and column c's higher levels are a chain below
 its node ``(0, c)``, so it is a part of the tree whose nodes are feed-only. W = 3, N = 4 (levels 0, 1, 2)::
