@@ -207,4 +207,7 @@ def _local_vocabulary(path: str) -> str | None:
         return None
     from transformers import AutoTokenizer
 
-    return vocabulary_fingerprint(AutoTokenizer.from_pretrained(path).get_vocab())
+    try:
+        return vocabulary_fingerprint(AutoTokenizer.from_pretrained(path).get_vocab())
+    except (ValueError, OSError):  # one that needs code of its own, or an incomplete copy: nothing to compare with
+        return None

@@ -66,16 +66,20 @@ class SamDecoding:
         self.max_static_match, self.static_bias = max_static_match, static_bias
         self.auxiliary, self.auxiliary_below = auxiliary, auxiliary_below
         self.corpus = None if path is None else Datastore.open(path)
-        theirs = Needs() if auxiliary is None else auxiliary.needs
-        self.needs = Needs(
-            theirs.taps, theirs.prompt_states, theirs.prompt_top_k, max(num_draft_tokens + 1, theirs.max_nodes)
-        )
+        self.needs = self._needs()
         self._rows: list[SuffixAutomaton] = []
 
     def fit(self, target: Target) -> str | None:
         """Whether the corpus has the target's vocabulary, and what the auxiliary drafter says."""
         reason = None if self.corpus is None else self.corpus.why_not(target)
-        return reason or (None if self.auxiliary is None else self.auxiliary.fit(target))
+        if reason is None and self.auxiliary is not None:
+            reason = self.auxiliary.fit(target)
+            self.needs = self._needs()  # a drafter may know them only now
+        return reason
+
+    def _needs(self) -> Needs:
+        theirs = Needs() if self.auxiliary is None else self.auxiliary.needs
+        return replace(theirs, max_nodes=max(self.num_draft_tokens + 1, theirs.max_nodes))
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """Begin one automaton per row."""

@@ -4,8 +4,9 @@
     specdec generate drafter=rest drafter.path=store prompt=...
 
 A line of a JSONL file is a document: its fields, strings or lists of strings, joined by newlines. Other files are text
-and become documents of whole lines, some 64 KiB each. Files are read as a stream; memory is bounded by the size
-of a shard, of which sorting needs about 20 bytes per token. Malformed lines are named, skipped and counted.
+and become documents of whole lines, some 64 KiB each. Files are read as a stream; memory is bounded by the size of a
+shard, of which sorting needs up to 30 bytes per token (50 without pydivsufsort). Malformed lines are named, skipped and
+counted.
 """
 
 from __future__ import annotations
