@@ -60,7 +60,7 @@ def build(config: Mapping[str, Any]) -> Any:
         ValueError: the class is outside the packages a recipe may name, or does not take such an argument.
     """
     check_owners()
-    config = dict(config)
+    config = _named_drafters(config)
     # A recipe is code: it may name what is ours and nothing else, at any depth.
     for name in (config.get("_target_"), *_nested_targets(list(config.values()))):
         if not isinstance(name, str) or not name.startswith(_ALLOWED):
@@ -78,6 +78,17 @@ def build(config: Mapping[str, Any]) -> Any:
     except InstantiationException as error:
         # Hydra wraps what the constructor said; users need the constructor's own words.
         raise (error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error) from None
+
+
+def _named_drafters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the recipe in place of the name, at any depth, where a drafter's argument is a drafter."""
+    config = {key: _named_drafters(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    name = config.get("_target_")
+    if isinstance(name, str) and name.startswith("drafters."):
+        for key, parameter in inspect.signature(get_object(name)).parameters.items():
+            if isinstance(config.get(key), str) and "Drafter" in str(parameter.annotation):
+                config[key] = _named_drafters(load("drafter", config[key]))
+    return config
 
 
 def _nested_targets(node: Any) -> Iterator[Any]:
