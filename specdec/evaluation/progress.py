@@ -63,7 +63,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self._counts:
+        elif any(count.done > self._resumed for count in self._counts.values()):
             self._line()
 
     def start(self, setting: Setting, methods: Sequence[Method], total: int, done: int) -> None:

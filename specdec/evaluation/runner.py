@@ -310,8 +310,7 @@ class Runner:
                 answer.tstamp, answer.answer_id = time.time(), uuid.uuid4().hex
             counted = [answer for answer in result.answers if answer.choices and not failed]
             aside = [answer for answer in result.answers if failed or not answer.choices]
-            self.folder.add(variant, counted, result.traces, counted=True)
-            self.folder.add(variant, aside, [], counted=False)
+            self.folder.add(variant, counted, aside, result.traces)
             self.progress.advance(method, result.answers, result.error)
         if failed:
             self.failures += len(call.group)

@@ -108,22 +108,26 @@ class RunFolder:
             self._rewrite(STEPS, variant, read_steps(path) if path.is_file() else [], done)
         return done
 
-    def add(self, variant: Variant, answers: Sequence[Answer], traces: Sequence[StepTrace], counted: bool) -> None:
+    def add(
+        self, variant: Variant, counted: Sequence[Answer], aside: Sequence[Answer], traces: Sequence[StepTrace]
+    ) -> None:
         """Write the questions of one call; the answers last, because they make a question finished.
 
         Args:
             variant: the method.
-            answers: one per question.
-            traces: their steps.
-            counted: False where a question failed for some method, or did not fit: no figure is made of it.
+            counted: answers of which figures are made.
+            aside: those of questions that failed for some method, or did not fit.
+            traces: the steps; those of questions set aside are left out.
 
         Raises:
             OSError: with what to do, where the disk is full.
         """
+        known = {answer.question_id for answer in counted}
+        steps = [trace for trace in traces if trace.question_id in known]
         with told_when_full(self.path):
-            if counted and traces:
-                append_lines(self._file(STEPS, variant), traces)
-            append_lines(self._file(ANSWERS if counted else FAILED, variant), answers)
+            for kind, records in ((STEPS, steps), (FAILED, aside), (ANSWERS, counted)):
+                if records:
+                    append_lines(self._file(kind, variant), records)
 
     def save_state(self, variant: Variant, state: Mapping[str, Any]) -> None:
         """Keep what a warm method has learnt, for a later start of this run."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from specdec.evaluation.records import (
     BUG,
+    COLD,
     IDENTICAL,
     NEAR_TIE,
     SUMMARY,
@@ -101,9 +102,10 @@ def join(folder: Path) -> Summary:
     return Summary({"jobs": jobs}, rows)
 
 
-def _order(texts: Texts) -> int:
+def _order(texts: Texts) -> tuple[int, str, bool]:
+    """Baselines first, the plain loop before all; a drafter's usual state before its cold one."""
     kinds = ("plain", "transformers", "transformers_prompt_lookup", "transformers_assistant", "drafter")
-    return kinds.index(texts.variant.kind)
+    return kinds.index(texts.variant.kind), texts.variant.method, texts.variant.state == COLD
 
 
 def _texts(run: RunRecords, variant: Variant) -> Texts:

@@ -15,10 +15,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from specdec.evaluation.records import STATELESS, SUMMARY, Summary, SummaryRow, replace_text, summary_json
 from specdec.evaluation.summary import OVERALL
+from specdec.metrics import shared
 
 COLUMNS = {
     "mean_accepted_tokens": "accepted tokens",
@@ -70,11 +72,11 @@ def show(summary: Summary) -> None:
         console = Console(width=160)
     for title, rows in _tables(summary):
         head, body = overall(rows)
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, name in enumerate(head):
             table.add_column(name, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
         for cells in body:
-            table.add_row(*(cell.replace(LOSSY, "[bold red]lossy[/bold red]") for cell in cells))
+            table.add_row(*(escape(cell).replace(LOSSY, "[bold red]lossy[/bold red]") for cell in cells))
         console.print(table)
         console.print(note(rows), highlight=False)
 
@@ -115,9 +117,11 @@ def note(rows: Sequence[SummaryRow]) -> str:
 def _tables(summary: Summary) -> list[tuple[str, list[SummaryRow]]]:
     """Rows by job and setting, with a title each."""
     found: dict[str, list[SummaryRow]] = {}
+    everywhere = shared(row.overrides or [] for row in summary.rows)
     for row in summary.rows:
         how = "greedy" if row.temperature == 0 else f"temperature {row.temperature:g}"
-        job = "" if row.job is None else f"job {row.job} ({', '.join(row.overrides or [])}): "
+        own = ", ".join(override for override in row.overrides or [] if override not in everywhere)
+        job = "" if row.job is None else f"job {row.job} ({own}): " if own else f"job {row.job}: "
         found.setdefault(f"{job}{how}, batch size {row.batch_size}", []).append(row)
     return list(found.items())
 
