@@ -200,7 +200,7 @@ MISTAKES = {
     "unknown drafter": (["drafters=[nope]"], "unknown drafter 'nope'"),
     "twice": (["drafters=[prompt_lookup,prompt_lookup]"], "give one of them a label"),
     "odd drafter": (["drafters=[{label:x}]"], "expected drafters to be names"),
-    "odd state": (["states=[hot]"], "expected states to be a list of warm and cold"),
+    "odd state": (["states=[hot]"], "expected states to be a list of warm and cold, each once"),
     "temperature": (["temperature=[0,-1]"], "temperature >= 0"),
     "batch size": (["batch_size=[1,0]"], "expected batch_size to be a whole number of at least 1"),
     "new tokens": (["max_new_tokens=0"], "expected max_new_tokens"),

@@ -240,7 +240,7 @@ def test_transformers_own_speculation(loaded: Loaded, tmp_path: Path) -> None:
     helped.forget()
     assert assistant.generation_config.to_dict() == before, "its schedule starts from the same place for every prompt"
     rows = {row.drafter: row for row in summarise(tmp_path, {}).rows if row.task == "overall" and row.subset == "all"}
-    assert (rows["transformers_assistant"].mean_accepted_tokens or 0) > 2
+    assert (rows["transformers_assistant"].mean_accepted_tokens or 0) >= 2
     assert rows["transformers_assistant"].decode_tokens_per_second is None
 
 
