@@ -248,7 +248,7 @@ def test_every_recipe_composes(recipe: str) -> None:
 @pytest.mark.parametrize("source", choices("data"))
 def test_every_source_is_a_function_of_ours(source: str, tmp_path: Path) -> None:
     """With a path that is not there, the error is about the path: every key is an argument."""
-    config: dict[str, Any] = dict(OmegaConf.load(config_dir() / "data" / f"{source}.yaml"))  # type: ignore[arg-type]
+    config: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "data" / f"{source}.yaml"))
     if source == "demo":
         assert build(config)
         return

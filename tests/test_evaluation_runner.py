@@ -157,7 +157,12 @@ def test_the_second_turn_holds_the_first_answer(
 ) -> None:
     asked: list[Any] = []
     plain = loaded.encode
-    monkeypatch.setattr(Loaded, "encode", lambda _, prompt, chat=None: asked.append([*prompt]) or plain(prompt, chat))
+
+    def noted(_: Loaded, prompt: Any, chat: bool | None = None) -> Any:
+        asked.append([*prompt])
+        return plain(prompt, chat)
+
+    monkeypatch.setattr(Loaded, "encode", noted)
     made, _, _ = run(loaded, standard(loaded), tmp_path, [TALK])
     answer = made.answers[NONE]["talk"].choices[0].turns[0]
     roles = [(message["role"], message["content"]) for message in asked[-1]]
@@ -443,7 +448,7 @@ def test_sources_of_mixed_trees_are_told_apart(loaded: Loaded) -> None:
 
     drafter = Mixed(-1)
     drafter.inner.needs = replace(drafter.inner.needs, max_nodes=3)
-    each = method(loaded, "mixed", drafter)  # type: ignore[arg-type]
+    each = method(loaded, "mixed", drafter)
     (measured,) = each.generate(Batch(prompt, mask), {"max_new_tokens": 7, "do_sample": False})
     assert measured.sources == ["prefill", "left", "right", "target", "left", "right", "target"]
     assert measured.trace is not None

@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def write(
 ) -> None:
     """One line of answers (of failures, where ``error`` or ``aside`` says so), with the traces of a drafter."""
     aside = bool(more.pop("aside", False)) or "error" in more
-    settings = {"method": variant.method, "method_kind": variant.kind, "state": variant.state}
+    settings: dict[str, Any] = {"method": variant.method, "method_kind": variant.kind, "state": variant.state}
     settings |= {"temperature": variant.temperature, "batch_size": variant.batch_size, "lossless": variant.lossless}
     answer = Answer(identity, category, "m", list(choices), **settings, **more)  # type: ignore[arg-type]
     name = f"{variant.stem}{shard}.jsonl"
