@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from specdec import commands
 from specdec.build import config_dir
 
-_PARTS = ("target", "drafter", "verifier", "acceptance")
+_PARTS = ("target", "drafter", "verifier", "acceptance", "data")
 _USER_ERRORS = (ValueError, OSError, ImportError, OmegaConfBaseException)
 
 
