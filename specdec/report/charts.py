@@ -92,7 +92,7 @@ def speedup_bars(bars: Sequence[Bar], width: int, theme: Theme) -> Figure:
     narrow = width < NARROW
     pitch = 36 if narrow else 26
     figure, axes = _axes(theme, width, _heights(len(bars), pitch), _label_margin([b.label for b in bars], narrow))
-    _draw_bars(axes, bars, theme, pitch, _value_space(bars, axes))
+    _draw_bars(axes, bars, theme, pitch, _value_space([] if narrow else bars, axes))
     axes.set_xlabel("speed-up against plain decoding")
     return figure
 
@@ -131,7 +131,7 @@ def histograms(
         total = sum(item.counts.values())
         lengths = sorted(item.counts)
         shares = [item.counts[length] / total for length in lengths]
-        axes.bar(lengths, shares, width=0.82, color=theme.color(item.color), linewidth=0)
+        axes.bar(lengths, shares, width=0.82, **_fill(theme, item.color))
         axes.set_xlim(-0.6, max(longest, 4) + 0.6)
         axes.set_ylim(0, highest * 1.16)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 2.5, 5, 10]))
@@ -139,7 +139,10 @@ def histograms(
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.grid(axis="y", color=theme.grid, linewidth=1)
-        axes.set_title(item.label, loc="left", fontsize=11.5, fontweight="bold", color=theme.ink, pad=7)
+        axes.annotate(
+            item.label, (0, 1), (-34, 10), xycoords="axes fraction", textcoords="offset points", fontsize=12,
+            fontweight="bold", color=theme.ink,
+        )  # fmt: skip
         if item.mean is not None:
             axes.text(
                 *(0.985, 0.97), f"mean {item.mean:.2f} with bonus",
@@ -150,7 +153,7 @@ def histograms(
 
 
 def line_chart(lines: Sequence[Line], labels: tuple[str, str], kind: str, width: int, theme: Theme) -> Figure:
-    """Lines with markers, named at their ends where there is room and in a legend below where there is not.
+    """Lines with markers, named beside the chart where there is room and below it where there is not.
 
     Args:
         lines: the series.
@@ -160,30 +163,31 @@ def line_chart(lines: Sequence[Line], labels: tuple[str, str], kind: str, width:
         theme: the colours.
     """
     narrow = width < NARROW
-    columns = 1 if narrow else 0
-    names = 0 if not narrow else 18 * -(-len(lines) // columns) + 12
-    right = 16 if narrow else 34 + int(max((len(line.label) for line in lines), default=0) * 6.6)
-    height = 250 if narrow else max(300, 17 * len(lines) + 60)
-    figure = _figure(theme, width, height + 62 + names)
-    axes = _place(figure, theme, (52, 14, width - 52 - right, height))
-    for index, line in enumerate(lines):
-        x, y = zip(*line.points, strict=True) if line.points else ((), ())
+    longest = max(len(line.label) for line in lines)
+    columns = 2 if narrow and longest <= 20 else 1
+    names = 19 * -(-len(lines) // columns) + 14 if narrow else 0
+    right = 14 if narrow else 64 + int(longest * 6.8)
+    height = 240 if narrow else max(280, 19 * len(lines) + 24)
+    total = height + 66 + names
+    figure = _figure(theme, width, total)
+    axes = _place(figure, theme, (56, 14, width - 56 - right, height))
+    # From top to bottom as the lines begin.
+    for index, line in enumerate(sorted(lines, key=lambda line: -line.points[0][1])):
         axes.plot(
-            x, y, color=theme.color(line.color), marker=_marker(line, index), markersize=6, linewidth=2,
-            markeredgecolor=theme.surface, markeredgewidth=0.8, label=line.label, clip_on=False, zorder=3,
+            *zip(*line.points, strict=True), color=theme.color(line.color), marker=_marker(line, index), markersize=6.5,
+            linewidth=2, linestyle="--" if _repeats(theme, line.color) else "-", markeredgecolor=theme.surface,
+            markeredgewidth=0.8, label=line.label, clip_on=False, zorder=3,
         )  # fmt: skip
     _scale(axes, kind, lines, theme)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.grid(color=theme.grid, linewidth=1)
     axes.set_axisbelow(True)
-    if narrow:
-        figure.legend(
-            loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=columns, frameon=False, fontsize=11,
-            labelcolor=theme.ink, handlelength=1.8, borderpad=0.2, labelspacing=0.45,
-        )  # fmt: skip
-    else:
-        _name_ends(axes, lines, height, theme)
+    place = (0.0, (names - 2) / total) if narrow else (1 - (right - 12) / width, 1 - 10 / total)
+    figure.legend(
+        loc="upper left", bbox_to_anchor=place, ncols=columns, frameon=False, fontsize=11, labelcolor=theme.ink,
+        handlelength=2, borderpad=0, borderaxespad=0, labelspacing=0.5, columnspacing=1.2,
+    )  # fmt: skip
     return figure
 
 
@@ -222,7 +226,7 @@ def _draw_bars(
     axes.set_xlim(0, furthest * (1 + room))
     thickness = (11 if inside else 13) / pitch if narrow else 0.6
     for row, bar in enumerate(bars):
-        axes.barh(row, bar.value, height=thickness, color=theme.color(bar.color), linewidth=0, zorder=2)
+        axes.barh(row, bar.value, height=thickness, zorder=2, **_fill(theme, bar.color))
         for value, marker, size in ((bar.all_rows, "D", 5.5), (bar.cold, "|", 12)):
             if value is not None:
                 axes.plot(
@@ -233,7 +237,7 @@ def _draw_bars(
             f"{bar.value:.2f}x", (reach(bar), row), (8, 0), textcoords="offset points", va="center",
             fontsize=11, fontweight="bold", color=theme.ink,
         )  # fmt: skip
-        if bar.note and not inside:
+        if bar.note and not narrow:
             axes.annotate(
                 bar.note, (1, 0.5), (8, 0), xycoords=text, textcoords="offset points", va="center",
                 fontsize=10.5, color=theme.muted,
@@ -306,6 +310,16 @@ def _bar_axis(axes: Axes, labels: Sequence[str], theme: Theme, pitch: int, narro
         )  # fmt: skip
 
 
+def _repeats(theme: Theme, color: int | None) -> bool:
+    return color is not None and color >= len(theme.series)
+
+
+def _fill(theme: Theme, color: int | None) -> dict[str, Any]:
+    """Fill of a bar; hatched where the colours have come round again."""
+    hatch = {"hatch": "////", "edgecolor": theme.surface} if _repeats(theme, color) else {}
+    return {"facecolor": theme.color(color), "linewidth": 0, **hatch}
+
+
 def _marker(line: Line, index: int) -> str:
     return MARKERS[(index if line.color is None else line.color) % len(MARKERS)]
 
@@ -317,34 +331,12 @@ def _scale(axes: Axes, kind: str, lines: Sequence[Line], theme: Theme) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if kind == "share":
-        axes.set_ylim(0, 1.02)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+        highest = max(y for line in lines for _, y in line.points)
+        axes.set_ylim(0, min(highest * 1.06, 1.01) or 1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         return
     highest = max((y for line in lines for _, y in line.points), default=1.0)
     axes.set_ylim(0, max(highest * 1.08, 1.2))
     axes.axhline(1.0, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     if kind == "speedup":
         axes.yaxis.set_major_formatter(FuncFormatter(_times))
-
-
-def _name_ends(axes: Axes, lines: Sequence[Line], height: float, theme: Theme) -> None:
-    """Names beside the last points, moved apart so that none covers another."""
-    low, high = axes.get_ylim()
-    order = sorted((line for line in lines if line.points), key=lambda line: line.points[-1][1])
-    places: list[float] = []
-    for line in order:
-        wanted = (line.points[-1][1] - low) / (high - low) * height
-        places.append(max(wanted, places[-1] + 15) if places else wanted)
-    excess = max(places[-1] - height, 0) if places else 0
-    for index in reversed(range(len(places))):
-        limit = places[index + 1] - 15 if index + 1 < len(places) else height
-        places[index] = min(places[index], limit) if excess else places[index]
-    for line, place in zip(order, places, strict=True):
-        axes.annotate(
-            line.label, line.points[-1], xytext=(1.012, place / height), textcoords="axes fraction", va="center",
-            fontsize=11, color=theme.ink, annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-", "color": theme.muted, "linewidth": 0.9, "linestyle": (0, (1, 3)),
-                "shrinkA": 2, "shrinkB": 6, "relpos": (0, 0.5),
-            },
-        )  # fmt: skip

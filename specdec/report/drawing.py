@@ -18,7 +18,7 @@ from specdec.report import charts
 from specdec.report.figures import Figures, Setting
 from specdec.report.theme import ON_PAGE, PLACEHOLDERS, PRINT, Theme
 
-WIDE, NARROW, PANEL = 900, 360, 340
+WIDE, NARROW, PANEL = 1000, 324, 340
 _DOTS_PER_INCH = 144
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specdec", "font.family": ["DejaVu Sans"]}
 _counter = itertools.count()

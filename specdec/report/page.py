@@ -52,6 +52,7 @@ def _render(figures: Figures, book: Book, sections: Sequence[dict[str, Any]]) ->
         "times": lambda value: "–" if value is None else f"{value:.2f}×",
         "fixed": lambda value, digits=2: "–" if value is None else f"{value:.{digits}f}",
         "percent": lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f} %",
+        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
         "count": lambda value: "–" if value is None else f"{value}",
     }
     return environment.get_template("page.html.jinja").render(

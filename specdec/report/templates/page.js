@@ -9,7 +9,7 @@
     return element;
   };
   const color = (index) => (index === null ? "var(--neutral)" : `var(--c${index % 12})`);
-  const dot = (index) => make("i", { class: "dot", style: `--color: ${color(index)}` });
+  const dot = (index) => make("i", { class: index > 11 ? "dot again" : "dot", style: `--color: ${color(index)}` });
   const words = (text) => text.replaceAll("_", " ");
   const options = (select, names) => select.append(...names.map(([value, text]) => make("option", { value }, text)));
 
