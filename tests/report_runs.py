@@ -133,9 +133,7 @@ def _decode(style: Style, state: str, case: Case, batch: int) -> Iterator[Text]:
                         (identity, task, chance), dice, case)  # fmt: skip
 
 
-def _text(
-    style: Style, variant: Variant, question: tuple[int, str, float], dice: random.Random, case: Case
-) -> Text:
+def _text(style: Style, variant: Variant, question: tuple[int, str, float], dice: random.Random, case: Case) -> Text:
     identity, task, chance = question
     looping = identity % 100 == 3
     pieces = _pieces(identity, looping)

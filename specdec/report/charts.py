@@ -165,7 +165,7 @@ def line_chart(lines: Sequence[Line], labels: tuple[str, str], kind: str, width:
     narrow = width < NARROW
     longest = max(len(line.label) for line in lines)
     columns = 2 if narrow and longest <= 20 else 1
-    names = 19 * -(-len(lines) // columns) + 14 if narrow else 0
+    names = 17 * -(-len(lines) // columns) + 12 if narrow else 0
     right = 14 if narrow else 64 + int(longest * 6.8)
     height = 240 if narrow else max(280, 19 * len(lines) + 24)
     total = height + 66 + names

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from specdec.report import charts
 from specdec.report.figures import Figures, Setting
@@ -22,6 +23,21 @@ WIDE, NARROW, PANEL = 1000, 324, 340
 _DOTS_PER_INCH = 144
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specdec", "font.family": ["DejaVu Sans"]}
 _counter = itertools.count()
+
+_MARKS = "bars: rows that do not loop; diamonds: all rows; ticks: from a cold start"
+_TITLES = {
+    "speedup": ("Speed-up against plain decoding", _MARKS),
+    "speedup_by_task": ("Speed-up against plain decoding, by task", _MARKS),
+    "accepted_lengths": ("Draft tokens accepted in a pass", "share of the passes, on rows that do not loop"),
+    "acceptance_by_depth": ("Acceptance by depth", "share of all passes that accepted at least this many draft tokens"),
+    "conditional_acceptance_by_depth": (
+        "Acceptance by depth, once reached",
+        "of the passes that had a candidate there",
+    ),
+    "time_split": ("Where the time goes", "drafting includes what drafters learn after a pass"),
+    "speedup_by_tree_size": ("Speed-up by tree size", "nodes of the target's pass, the root included"),
+    "speedup_by_batch_size": ("Speed-up by batch size", "against plain decoding at the same batch size"),
+}
 
 Draw = Callable[[int, Theme], Figure]
 
@@ -35,6 +51,7 @@ class Pictures:
     """
 
     def __init__(self, figures: Figures, setting: Setting) -> None:
+        self._setting = f"{setting.target}, {setting.dtype}, {setting.label([setting])}"
         self._whole: dict[str, Draw] = {}
         self._panels: dict[str, list[Draw]] = {}
         bars, panels = figures.bars(setting), figures.panels(setting)
@@ -83,12 +100,29 @@ class Pictures:
         return [svg(draw(PANEL, ON_PAGE)) for draw in self._panels[name]]
 
     def save(self, folder: Path, suffix: str) -> list[Path]:
-        """Write every chart as ``NAME{suffix}.png`` for print."""
+        """Write every chart as ``NAME{suffix}.png`` for print, with its title and the setting."""
         paths = []
         for name, draw in self._whole.items():
             path = folder / f"{name}{suffix}.png"
             with matplotlib.rc_context(_STYLE):
-                draw(WIDE, PRINT).savefig(path, dpi=_DOTS_PER_INCH, facecolor=PRINT.surface)
+                figure = draw(WIDE, PRINT)
+                title, words = _TITLES[name]
+                for text, lift, size, weight in (
+                    (title, 40, 17, "bold"),
+                    (f"{self._setting}; {words}", 22, 11, "normal"),
+                ):
+                    place = offset_copy(figure.transFigure, figure, x=8, y=lift, units="points")
+                    figure.text(
+                        0,
+                        1,
+                        text,
+                        transform=place,
+                        va="center",
+                        fontsize=size,
+                        fontweight=weight,
+                        color=PRINT.ink if size > 12 else PRINT.muted,
+                    )
+                figure.savefig(path, dpi=_DOTS_PER_INCH, facecolor=PRINT.surface, bbox_inches="tight", pad_inches=0.2)
             paths.append(path)
         return paths
 

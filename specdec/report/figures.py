@@ -76,7 +76,15 @@ class Method:
     @property
     def label(self) -> str:
         """Its name, lossy rules marked."""
-        return self.name if self.lossless else f"{self.name} (lossy)"
+        return self._marked(self.name)
+
+    @property
+    def family(self) -> str:
+        """The same without the variant."""
+        return self._marked(_KIND_NAMES.get(self.kind, self.drafter))
+
+    def _marked(self, name: str) -> str:
+        return name if self.lossless else f"{name} (lossy)"
 
     def row(self, task: str = OVERALL, subset: str | None = None, state: str | None = None) -> SummaryRow | None:
         """The figures of a task; by default of the rows that do not loop, and with what was learnt kept."""
@@ -101,9 +109,10 @@ class Figures:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.methods = _methods(self.runs)
+        measured = [(run.target, run.dtype, run.device) for run in self.runs]
         self.settings = sorted(
             {method.setting for method in self.methods},
-            key=lambda s: (s.target, s.dtype, s.device, s.temperature, s.batch_size),
+            key=lambda s: (measured.index((s.target, s.dtype, s.device)), s.temperature, s.batch_size),
         )
         self.drafters = sorted({method.drafter for method in self.methods if method.kind == "drafter"})
         self.colors = {name: index for index, name in enumerate(self.drafters)}
@@ -184,16 +193,13 @@ class Figures:
 
     def by_tree_size(self, setting: Setting) -> list[Line]:
         """Speed-up against nodes per pass, for drafters measured at several sizes."""
-        points: dict[str, dict[float, float]] = {}
+        points: dict[tuple[str, int | None], dict[float, float]] = {}
         for method in self.all_of(setting):
             row = method.row()
             if method.kind == "drafter" and row and row.tree_nodes is not None and row.speedup_vs_plain is not None:
-                points.setdefault(method.drafter, {}).setdefault(round(row.tree_nodes, 1), row.speedup_vs_plain)
-        return [
-            Line(name, self.colors[name], sorted(sizes.items()))
-            for name, sizes in sorted(points.items())
-            if len(sizes) > 1
-        ]
+                sizes = points.setdefault((method.family, self.color(method)), {})
+                sizes.setdefault(round(row.tree_nodes, 1), row.speedup_vs_plain)
+        return [Line(*key, sorted(sizes.items())) for key, sizes in points.items() if len(sizes) > 1]
 
     def by_batch_size(self, setting: Setting) -> list[Line]:
         """Speed-up against batch size, for methods measured at several; other parts as in ``setting``."""
@@ -204,8 +210,7 @@ class Figures:
             for method in self.of(other):
                 speedup = method.speedup()
                 if speedup is not None:
-                    key = (_KIND_NAMES.get(method.kind, method.drafter), self.color(method))
-                    points.setdefault(key, {})[other.batch_size] = speedup
+                    points.setdefault((method.family, self.color(method)), {})[other.batch_size] = speedup
         return [Line(*key, sorted(sizes.items())) for key, sizes in points.items() if len(sizes) > 1]
 
     def variants_shown(self, setting: Setting) -> bool:

@@ -46,7 +46,11 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
 def _render(figures: Figures, book: Book, sections: Sequence[dict[str, Any]]) -> str:
     environment = Environment(
-        loader=FunctionLoader(_template), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "times": lambda value: "–" if value is None else f"{value:.2f}×",
@@ -169,4 +173,3 @@ def _provenance(run: Run) -> dict[str, Any]:
 def _json(value: Any) -> Markup:
     """JSON that may stand inside a ``<script>`` element."""
     return Markup(json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-

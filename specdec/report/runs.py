@@ -100,7 +100,9 @@ def _nothing_in(folder: Path) -> str:
             "run the same specdec evaluate command again, it resumes"
         )
     held = sorted(path.name for path in folder.iterdir())
-    return f"no results in {folder}: expected {SUMMARY} in it or in its subfolders, found {', '.join(held) or 'nothing'}"
+    return (
+        f"no results in {folder}: expected {SUMMARY} in it or in its subfolders, found {', '.join(held) or 'nothing'}"
+    )
 
 
 def _summary(path: Path) -> Summary:
