@@ -28,10 +28,10 @@ from torch import Tensor
 
 import specdec
 from specdec.cache import TreeCache
-from specdec.demo.heldout import ends_in_loop, heldout_functions, heldout_gsm8k
+from specdec.demo.heldout import heldout_functions, heldout_gsm8k
 from specdec.generation import plainly, speculation_of
 from specdec.loading import Loaded, demo_target
-from specdec.metrics import SpeculationStats
+from specdec.metrics import SpeculationStats, ends_in_loop
 
 NEW_TOKENS = 128
 NODES = 25

@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_target_corpus import DOMAINS, Stream, documents, encode_all, find_gsm8k, train_tokenizer
-from specdec.demo.heldout import ends_in_loop, heldout_functions, heldout_gsm8k
+from specdec.demo.heldout import heldout_functions, heldout_gsm8k
+from specdec.metrics import ends_in_loop
 
 log = logging.getLogger("train_demo_target")
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from specdec import commands
 from specdec.build import config_dir
 
-_PARTS = ("target", "drafter", "verifier", "acceptance")
+_PARTS = ("target", "drafter", "verifier", "acceptance", "data")
 _OPTIONS_WITH_VALUE = (  # of Hydra
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
     "-i", "--experimental-rerun",

@@ -40,7 +40,7 @@ class Speculation:
 
     Attributes:
         stats: all calls since ``speculate`` or the last ``reset``.
-        last: the latest call.
+        last: the latest call, as far as it has come.
         observers: called after every step of the loop, with the state and the step.
     """
 
@@ -81,7 +81,7 @@ class Speculation:
 
     def sample(self, request: Request, recorder: Recorder) -> Any:
         """Run one request and return what ``_sample`` would."""
-        stats = self._new_stats()
+        stats = self.last = self._new_stats()
         on_cuda = self.target.device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.target.device)
@@ -95,7 +95,6 @@ class Speculation:
             stats.peak_extra_bytes = torch.cuda.max_memory_allocated(self.target.device) - before
         elif state.context is not None:
             stats.peak_extra_bytes = state.context.cache.nbytes
-        self.last = stats
         self.stats += stats
         return result
 
@@ -161,16 +160,45 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def plainly(model: Any) -> Iterator[None]:
-    """Within the block ``model.generate`` is plain; the speculation comes back as it was, drafter state included."""
-    handle, inner = speculation_of(model), unwrap(model)
-    del inner.__dict__[_KEY]
-    speculating = type(inner)
-    inner.__class__ = speculating.__mro__[1]
+    """Within the block ``model.generate`` is plain; the speculation comes back as it was, drafter state included.
+
+    Raises:
+        ValueError: the model does not speculate.
+    """
+    speculation_of(model)
+    with using(model, None):
+        yield
+
+
+@contextmanager
+def using(model: Any, handle: Speculation | None) -> Iterator[None]:
+    """Within the block the model speculates with this handle, or plainly with None; then it is as it was before.
+
+    Several drafters serve one model in turn this way: ``attach`` each, keep its ``speculation_of``, and nothing is
+    built, checked or forgotten at the change.
+
+    Args:
+        model: the target.
+        handle: what ``speculation_of`` gave for this model.
+
+    Raises:
+        ValueError: the handle is another model's.
+    """
+    inner = unwrap(model)
+    if handle is not None and handle.target.model is not inner:
+        raise ValueError(f"this speculation ({handle.drafter.name!r}) was attached to another model; attach it here")
+    before, kind = inner.__dict__.pop(_KEY, None), type(inner)
+    plain = kind if before is None else kind.__mro__[1]
+    if handle is not None:
+        inner.__dict__[_KEY] = handle
+    inner.__class__ = plain if handle is None else _speculating(plain) if before is None else kind
     try:
         yield
     finally:
-        inner.__class__ = speculating
-        inner.__dict__[_KEY] = handle
+        inner.__dict__.pop(_KEY, None)
+        inner.__class__ = kind
+        if before is not None:
+            inner.__dict__[_KEY] = before
 
 
 def speculation_of(model: Any) -> Speculation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ class Loaded:
     tokenizer: Any
     name: str
 
-    def encode(self, prompt: str, chat: bool | None = None) -> Tensor:
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> Tensor:
         """Token ids ``[1, W]`` of a prompt on the model's device.
 
         Args:
-            prompt: one user turn, or plain text.
+            prompt: one user turn, or plain text; or a conversation, messages with ``role`` and ``content``, which
+                becomes its contents one after the other where there is no chat template.
             chat: put it into the tokenizer's chat template; None = where there is one.
 
         Raises:
@@ -34,14 +36,14 @@ class Loaded:
         template = self.tokenizer.chat_template is not None
         if chat and not template:
             raise ValueError(f"the tokenizer of {self.name} has no chat template; use chat=false")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
         if template if chat is None else chat:
-            messages = [{"role": "user", "content": prompt}]
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
                 "input_ids"
             ]
         else:
-            ids = self.tokenizer(prompt)["input_ids"]
-        if not prompt or not ids:
+            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        if not any(message["content"] for message in messages) or not ids:
             raise ValueError("the prompt is empty; expected at least one token")
         context = self.context_length
         if context is not None and len(ids) >= context:

@@ -3,13 +3,16 @@
 Words: a *verification* is one target pass seen by one unfinished row. It offers *drafted* nodes, *accepts* some of them
 along a path and *emits* accepted + 1 tokens (the bonus), all counted after stops. The token of the prefill is emitted
 by no verification.
+
+What is said of a *text* (one answer to one prompt) holds for any method, whether it runs through our loop or not: its
+tokens are counted by ``emitted``, its seconds are those of the whole call.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,8 @@ from specdec.interfaces import Verification
 from specdec.tree import TokenTree
 
 PHASES = ("prefill", "draft", "verify", "commit")
+MIN_LOOP_SPAN = 8
+LONG_REPETITION = 48
 
 
 @dataclass
@@ -66,14 +71,26 @@ class SpeculationStats:
         for row, done in enumerate(step.was_finished):
             if done:
                 continue
-            by_depth = step.offered[row]
-            self.verifications += 1
-            self.drafted_nodes += sum(by_depth)
-            self.computed_nodes += tree.num_nodes
-            self.accepted_lengths[accepted[row]] += 1
-            depths = [depth for depth, count in enumerate(by_depth, start=1) if count]
-            self.offered_at_depth.update(depths)
-            self.reached_at_depth.update(depth for depth in depths if depth <= accepted[row] + 1)
+            self._count(step.offered[row], accepted[row], tree.num_nodes)
+
+    def add_text(self, offered: Sequence[Sequence[int]], accepted: Sequence[int], computed: Sequence[int]) -> None:
+        """Count the recorded trace of one text: per verification the candidates at depths 1..D, how many of them were
+        accepted and how many nodes were computed. The trace of a batch counts its passes once per text.
+        """
+        self.rows += 1
+        self.emitted_tokens += 1 + sum(accepted) + len(accepted)
+        self.passes += len(accepted)
+        for by_depth, length, nodes in zip(offered, accepted, computed, strict=True):
+            self._count(by_depth, length, nodes)
+
+    def _count(self, by_depth: Sequence[int], accepted: int, computed: int) -> None:
+        self.verifications += 1
+        self.drafted_nodes += sum(by_depth)
+        self.computed_nodes += computed
+        self.accepted_lengths[accepted] += 1
+        depths = [depth for depth, count in enumerate(by_depth, start=1) if count]
+        self.offered_at_depth.update(depths)
+        self.reached_at_depth.update(depth for depth in depths if depth <= accepted + 1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -99,6 +116,11 @@ class SpeculationStats:
         """Entry d-1: of the verifications that accepted d-1 tokens and offered depth d, the share that accepted d."""
         reached = self.reached_at_depth
         return [self._accepted(depth) / reached[depth] if reached[depth] else 0.0 for depth in self._depths()]
+
+    @property
+    def nodes_per_verification(self) -> float:
+        """Mean size of a computed tree, root included."""
+        return self.computed_nodes / self.verifications if self.verifications else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -150,3 +172,88 @@ class SpeculationStats:
 
     def _depths(self) -> range:
         return range(1, max(self.offered_at_depth, default=0) + 1)
+
+
+@dataclass
+class Throughput:
+    """Tokens and seconds of some texts, the same for every method.
+
+    Attributes:
+        texts: how many.
+        tokens: emitted, EOS included, padding not.
+        seconds: of the whole calls, prefill included.
+        prefill_seconds: of them, until the first token was there.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float, prefill_seconds: float = 0.0) -> None:
+        """Count one text."""
+        self.texts += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.prefill_seconds += prefill_seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, a ratio of sums: long texts weigh as much as they last."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens after the first of each text per second after the prefill."""
+        seconds = self.seconds - self.prefill_seconds
+        return (self.tokens - self.texts) / seconds if seconds > 0 else 0.0
+
+    def speedup(self, baseline: Throughput) -> float | None:
+        """Ratio of the rates; None where the baseline has none.
+
+        Raises:
+            ValueError: the baseline has seen another number of texts.
+        """
+        if self.texts != baseline.texts:
+            raise ValueError(f"a speed-up compares the same texts; got {self.texts} and {baseline.texts}")
+        return self.rate / baseline.rate if baseline.rate else None
+
+
+def emitted(ids: Iterable[int], eos_ids: Collection[int]) -> list[int]:
+    """The tokens of one text among what ``generate`` returned behind its prompt: up to the first EOS, that included.
+
+    What follows an EOS is padding. Every method's tokens are counted by the length of this.
+    """
+    text = []
+    for token in ids:
+        text.append(token)
+        if token in eos_ids:
+            break
+    return text
+
+
+def median_repeat(tokens: Sequence[int], seconds: Sequence[float]) -> int:
+    """The repeat of median seconds per token (the lower of two middle ones): its tokens and times stand for all."""
+    order = sorted(range(len(tokens)), key=lambda repeat: seconds[repeat] / max(tokens[repeat], 1))
+    return order[(len(order) - 1) // 2]
+
+
+def shared(texts: Iterable[Collection[Any]]) -> set[Any]:
+    """The texts that every method has: what is missing from one counts for nobody."""
+    sets = [set(keys) for keys in texts]
+    return set.intersection(*sets) if sets else set()
+
+
+def ends_in_loop(ids: Sequence[int], max_block: int = 64) -> bool:
+    """Whether a token sequence ends in a repeated block of 1..``max_block`` tokens.
+
+    It does if three whole copies of the block end it, or if 48 tokens at its end continue the block's period.
+    Repetition that spans fewer than 8 tokens never counts: ``1000`` and ``....`` are ordinary text.
+    """
+    for block in range(1, min(max_block, len(ids) - 1) + 1):
+        repeated = 0
+        while repeated + block < len(ids) and ids[-1 - repeated] == ids[-1 - repeated - block]:
+            repeated += 1
+        if repeated + block >= max(3 * block, MIN_LOOP_SPAN) or repeated >= LONG_REPETITION:
+            return True
+    return False

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec.interfaces import Verification
-from specdec.metrics import SpeculationStats
+from specdec.metrics import SpeculationStats, Throughput, emitted, ends_in_loop, median_repeat, shared
 from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, TokenTree, Topology, chain, root_only
 
 
@@ -165,3 +165,80 @@ def test_as_json() -> None:
     assert plain["drafter"] == "x"
     assert plain["accepted_lengths"] == {"1": 1}
     assert plain["acceptance_by_depth"] == [1.0, 0.0]
+
+
+def test_a_recorded_trace_counts_as_the_steps_did() -> None:
+    live, traced = SpeculationStats(), SpeculationStats()
+    record(live, step(([0], [9])))
+    taken = [([0, 1, 2], 3), ([0], 3), ([0, 1], 1)]
+    for path, length in taken:
+        record(live, step((path, [1] * len(path))), chain_tree(length))
+    offered = [[1] * length for _, length in taken]
+    traced.add_text(offered, [len(path) - 1 for path, _ in taken], [length + 1 for _, length in taken])
+    assert traced == live
+    assert traced.nodes_per_verification == (4 + 4 + 2) / 3
+
+
+# What Spec-Bench's scripts get wrong, on texts made by hand.
+
+
+def test_both_sides_of_a_speedup_are_counted_by_the_same_function() -> None:
+    # Spec-Bench counts the baseline by tokenising its text again, special tokens gone, minus one per turn.
+    plain = emitted([5, 6, 7, 2, 0, 0], {2})
+    ours = emitted([5, 6, 7, 2], {2})
+    assert plain == ours == [5, 6, 7, 2], "EOS is a token that had to be computed; padding is none"
+    assert emitted([5, 6], {2}) == [5, 6]
+    assert emitted([2, 2], {2, 3}) == [2]
+    baseline, faster = Throughput(), Throughput()
+    baseline.add(len(plain), 2.0, 0.5)
+    faster.add(len(ours), 1.0, 0.5)
+    assert faster.speedup(baseline) == 2.0, "the same text in half the time"
+    assert (baseline.rate, baseline.decode_rate) == (2.0, 2.0)
+
+
+def test_what_follows_an_eos_in_an_accepted_path_counts_nowhere() -> None:
+    # Spec-Bench trims tokens and accepted lengths behind an EOS for some methods only.
+    assert len(emitted([5, 2, 8, 9, 9], {2})) == 2
+
+
+def test_a_failed_question_counts_for_nobody() -> None:
+    # Spec-Bench stores the previous turn's steps, tokens and seconds again, and compares means over different sets.
+    assert shared([{1, 2, 3}, {1, 3}, {3, 1}]) == {1, 3}
+    assert shared([]) == set()
+    baseline, other = Throughput(), Throughput()
+    baseline.add(1, 1.0)
+    with pytest.raises(ValueError, match="the same texts; got 0 and 1"):
+        other.speedup(baseline)
+    assert other.speedup(Throughput()) is None
+
+
+def test_a_rate_is_a_ratio_of_sums() -> None:
+    speed = Throughput()
+    speed.add(100, 1.0)
+    speed.add(1, 1.0)
+    assert speed.rate == 50.5
+    assert Throughput().rate == Throughput().decode_rate == 0.0
+
+
+def test_the_median_repeat() -> None:
+    assert median_repeat([10, 10, 10], [3.0, 1.0, 2.0]) == 2
+    assert median_repeat([10, 10], [2.0, 1.0]) == 1, "the faster of two"
+    assert median_repeat([10, 100, 10], [1.0, 1.0, 9.0]) == 0, "seconds per token, not seconds"
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([1, 2, 3] * 3, True),
+        ([9, 9, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4], True),
+        ([1, 2, 3, 1, 2, 3], False),
+        ([7] * 7, False),
+        ([7] * 8, True),
+        (list(range(60)) + list(range(48)), True),
+        (list(range(60)) + list(range(47)), False),
+        ([1, 2, 3] * 3 + [0], False),
+        ([], False),
+    ],
+)
+def test_looping_texts(ids: list[int], loops: bool) -> None:
+    assert ends_in_loop(ids) == loops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,22 @@ from transformers import GenerationConfig
 
 from specdec.audit import Pair
 from specdec.build import build, build_drafter, build_verifier
-from specdec.generation import attach, plainly
+from specdec.evaluation.losslessness import plain_pair
+from specdec.generation import attach
 from specdec.loading import Loaded
+
+
+def checked_temperature(temperature: Any) -> float:
+    """A temperature as the config has it, None = 0.
+
+    Raises:
+        ValueError: it is no number, or negative.
+    """
+    if temperature is None:
+        return 0
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or temperature < 0:
+        raise ValueError(f"expected temperature >= 0 (0 = greedy), got {temperature!r}")
+    return temperature
 
 
 class Session:
@@ -38,10 +53,14 @@ class Session:
 
     def speculate(self) -> Any:
         """Make the target speculate with the configured drafter; returns the model."""
+        return self.attach(self.config["drafter"])
+
+    def attach(self, drafter: str | Mapping[str, Any]) -> Any:
+        """Make the target speculate with a drafter, named or as its config; returns the model."""
         verifier = build_verifier(self.config["verifier"])
         if self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
-        return attach(self.model, build_drafter(self.config["drafter"]), verifier)
+        return attach(self.model, build_drafter(drafter), verifier)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.
@@ -49,16 +68,15 @@ class Session:
         Raises:
             ValueError: a value that is no number, or out of range.
         """
-        temperature, new_tokens = self.config["temperature"] or 0, self.config["max_new_tokens"]
-        if not isinstance(temperature, int | float) or temperature < 0:
-            raise ValueError(f"expected temperature >= 0 (0 = greedy), got {temperature!r}")
+        temperature, new_tokens = checked_temperature(self.config["temperature"]), self.config["max_new_tokens"]
         if not isinstance(new_tokens, int):
             raise ValueError(f"expected max_new_tokens to be a whole number, got {new_tokens!r}")
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            set_ = [key for key in ("temperature", "top_k", "top_p") if self.config[key] is not None]
-            options |= {key: self.config[key] for key in set_}
-        return options
+        return options | ({"temperature": temperature, **self.warpers()} if temperature > 0 else {})
+
+    def warpers(self) -> dict[str, Any]:
+        """``top_k`` and ``top_p`` where they are set."""
+        return {key: self.config[key] for key in ("top_k", "top_p") if self.config[key] is not None}
 
     def generate(self, ids: Tensor, **extra: Any) -> Any:
         """``model.generate`` with the config's options on ids ``[1, W]``."""
@@ -74,9 +92,8 @@ class Session:
 
     def pair(self, ids: Tensor, speculative: Tensor) -> Pair:
         """Decode a prompt plainly, for the audit of a speculative text of it."""
-        with plainly(self.model):
-            output = self.generate(ids, return_dict_in_generate=True, output_logits=True)
-        return Pair(ids.shape[1], output.sequences, torch.stack([step[0] for step in output.logits]), speculative)
+        torch.manual_seed(self.config["seed"])
+        return plain_pair(self.model, ids, speculative, self.options())
 
     def show_token(self, token: int) -> str:
         """A token as text; -1 is the end of the text."""

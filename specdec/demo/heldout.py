@@ -13,7 +13,7 @@ import json
 import re
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,6 @@ HELDOUT_SHARE = 0.05
 MAX_FUNCTION_LINES = 40
 MAX_FUNCTION_CHARS = 1400
 MIN_FUNCTION_LINES = 3
-MIN_LOOP_SPAN = 8
-LONG_REPETITION = 48
 
 # Test data, bundled wheels, codec tables and help texts teach a small model nothing about functions.
 _SKIPPED_FOLDERS = frozenset(
@@ -101,21 +99,6 @@ def stdlib_functions(*, heldout: bool) -> list[Function]:
 def heldout_functions() -> list[Function]:
     """The held-out functions that have a docstring: prompt with ``request`` (chat) or with ``header`` (plain text)."""
     return [function for function in stdlib_functions(heldout=True) if function.summary]
-
-
-def ends_in_loop(ids: Sequence[int], max_block: int = 64) -> bool:
-    """Whether a token sequence ends in a repeated block of 1..``max_block`` tokens.
-
-    It does if three whole copies of the block end it, or if 48 tokens at its end continue the block's period.
-    Repetition that spans fewer than 8 tokens never counts: ``1000`` and ``....`` are ordinary text.
-    """
-    for block in range(1, min(max_block, len(ids) - 1) + 1):
-        repeated = 0
-        while repeated + block < len(ids) and ids[-1 - repeated] == ids[-1 - repeated - block]:
-            repeated += 1
-        if repeated + block >= max(3 * block, MIN_LOOP_SPAN) or repeated >= LONG_REPETITION:
-            return True
-    return False
 
 
 def _stdlib_files() -> Iterator[Path]:
