@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdec.evaluation.data import Question
 from specdec.evaluation.records import (
     ANSWERS,
     BUG,
@@ -14,6 +15,7 @@ from specdec.evaluation.records import (
     FAILED,
     IDENTICAL,
     NEAR_TIE,
+    QUESTIONS,
     STATELESS,
     STEPS,
     SUMMARY,
@@ -26,17 +28,19 @@ from specdec.evaluation.records import (
     SummaryRow,
     Variant,
     append_lines,
+    read_summary,
     replace_text,
     summary_json,
+    write_lines,
 )
 from specdec.metrics import SpeculationStats
 
 TASKS = ("translation", "math_reasoning", "coding")
 PROSE = (
-    "The baker makes twenty four rolls and sells <thirty> of them & keeps the rest for tomorrow morning . So the answer "
-    'is 6 .\n\ndef keep(rolls):\n    return "rolls" '
-).split(" ")
-TOKENS, QUESTIONS, NODES = 40, 4, 9
+    *("The", "baker", "makes", "twenty", "four", "rolls", "and", "sells", "<thirty>", "of", "them", "&", "keeps"),
+    *("the", "rest", "for", "tomorrow", "morning.\n\n", "def", "keep(rolls):\n   ", "return", '"rolls"\n'),
+)
+TOKENS, QUESTIONS_PER_TASK, NODES = 40, 4, 9
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Case:
     temperature: float = 0.0
     batch_sizes: Sequence[int] = (1,)
     nodes: int = NODES
-    job: str | None = None
     pass_seconds: float = 0.006
+    overrides: Sequence[str] = ()
 
 
 def make_run(folder: Path, styles: Sequence[Style] = (*DRAFTERS, TRANSFORMERS), case: Case | None = None) -> Path:
@@ -92,6 +96,12 @@ def make_run(folder: Path, styles: Sequence[Style] = (*DRAFTERS, TRANSFORMERS), 
                 variant = Variant(style.name, style.kind, state, case.temperature, batch, style.lossless)
                 _write(folder, variant, texts)
                 rows += _rows(variant, texts, speeds)
+    questions = [
+        Question(100 * (i + 1) + n, task, (f"Question {n} of {task}: a < b?",))
+        for i, task in enumerate(TASKS)
+        for n in range(QUESTIONS_PER_TASK)
+    ]
+    write_lines(folder / QUESTIONS / "questions.jsonl", questions)
     summary = Summary(_provenance(case), rows, dict(UNITS))
     replace_text(folder / SUMMARY, summary_json(summary))
     return folder
@@ -101,14 +111,12 @@ def make_sweep(folder: Path, nodes: Sequence[int] = (5, 9, 25)) -> Path:
     """A multirun of one drafter over tree sizes: a job folder each, and the joined summary."""
     joined = []
     for job, count in enumerate(nodes):
-        case = Case(nodes=count, pass_seconds=0.006 * (1 + count / 60))
-        grown = Style("token_recycling", min(0.4 + count / 60, 0.8), 5, 0.0004, stateful=True)
-        child = make_run(folder / str(job), (grown, DRAFTERS[1]), case)
         overrides = ["drafter=token_recycling", f"drafter.num_nodes={count}"]
-        from specdec.evaluation.records import read_summary
-
+        case = Case(nodes=count, pass_seconds=0.006 * (1 + count / 60), overrides=overrides)
+        grown = Style("token_recycling", min(0.4 + count / 60, 0.8), 5, 0.0004, stateful=True)
+        child = make_run(folder / str(job), (grown,), case)
         for row in read_summary(child / SUMMARY).rows:
-            row.job, row.overrides = str(job), overrides
+            row.job, row.overrides = str(job), case.overrides
             joined.append(row)
     replace_text(folder / SUMMARY, summary_json(Summary(_provenance(Case()), joined, dict(UNITS))))
     return folder
@@ -125,7 +133,7 @@ class Text:
 
 def _decode(style: Style, state: str, case: Case, batch: int) -> Iterator[Text]:
     for index, task in enumerate(TASKS):
-        for number in range(QUESTIONS):
+        for number in range(QUESTIONS_PER_TASK):
             identity = 100 * (index + 1) + number
             dice = random.Random(f"{style.name} {state} {identity} {case.nodes}")
             chance = style.chance - 0.1 * index - (0.2 if state == COLD else 0.0)
@@ -175,7 +183,7 @@ def _text(style: Style, variant: Variant, question: tuple[int, str, float], dice
 def _pieces(identity: int, looping: bool) -> list[str]:
     start = identity % len(PROSE)
     words = [PROSE[(start + offset) % (6 if looping else len(PROSE))] for offset in range(TOKENS)]
-    return [f"{word} " for word in words]
+    return [f" {word}" for word in words]
 
 
 def _seconds(trace: StepTrace) -> float:
@@ -228,8 +236,14 @@ def _rows(variant: Variant, texts: Sequence[Text], speeds: dict[tuple[str, str, 
                 {str(k): v for k, v in sorted(stats.accepted_lengths.items())} if drafter else None,
                 stats.conditional_acceptance_by_depth if drafter else None,
                 stats.computed_nodes / stats.verifications if drafter else None,
-                {**stats.seconds, "other": 0.02 * seconds} if variant.kind != "transformers" else {"other": seconds},
+                _shares(variant, stats, seconds),
             )  # fmt: skip
+
+
+def _shares(variant: Variant, stats: SpeculationStats, seconds: float) -> dict[str, float]:
+    if variant.kind == "transformers":
+        return {"prefill": stats.seconds["prefill"], "decode": seconds - stats.seconds["prefill"]}
+    return {**stats.seconds, "other": 0.02 * seconds}
 
 
 def _count(texts: Sequence[Text]) -> SpeculationStats:
@@ -250,6 +264,7 @@ def _count(texts: Sequence[Text]) -> SpeculationStats:
 
 def _provenance(case: Case) -> dict[str, object]:
     return {
+        "overrides": list(case.overrides),
         "command": "specdec evaluate recipe=smoke",
         "target": case.target, "dtype": case.dtype, "device": "cpu", "threads": 2, "seed": 0,
         "git": {"sha": "0" * 40, "dirty": False},

@@ -1,7 +1,7 @@
 """The answers of all methods, packed for the page: every text once, every token's source as one character.
 
-Methods that lose nothing write the same text, so a text costs its space once however many methods wrote it. What is left
-goes through gzip and base64 into the page, where the browser unpacks it.
+Methods that lose nothing write the same text, so a text costs its space once however many methods wrote it. What is
+left goes through gzip and base64 into the page, where the browser unpacks it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.evaluation.records import ANSWERS, COLD, FAILED, PREFILL, TARGET, Answer, answer_of, read_lines
+from specdec.evaluation.records import (
+    ANSWERS,
+    COLD,
+    FAILED,
+    KINDS,
+    PREFILL,
+    QUESTIONS,
+    TARGET,
+    Answer,
+    answer_of,
+    read_lines,
+)
 from specdec.report.figures import Figures, Method, Setting
 from specdec.report.runs import Run
 
@@ -63,12 +74,16 @@ class _Binder:
         self._texts: dict[tuple[str, ...], int] = {}
         self._questions: dict[str, int] = {}
         self._methods: dict[tuple[Any, ...], int] = {}
-        self._labels = {(id(m.run), m.drafter, m.kind, m.setting): m for m in figures.methods}
+        self._known = figures.drafters
+        self._labels = {(id(m.run), m.recorded, m.kind, m.setting): m for m in figures.methods}
         for name in (PREFILL, TARGET, *figures.drafters):
             self._source(name)
 
     def bind(self) -> Book:
         for run in self.figures.runs:
+            for path in sorted((run.folder / QUESTIONS).glob("*.jsonl")):
+                for number, question in enumerate(read_lines(path), start=1):
+                    self._ask(question, f"{path}:{number}")
             for folder in (ANSWERS, FAILED):
                 for path in sorted((run.folder / folder).glob("*.jsonl")):
                     for answer in _read(path):
@@ -78,7 +93,7 @@ class _Binder:
 
     def _add(self, run: Run, answer: Answer) -> None:
         mine = self.book.answers[self._method(run, answer)]
-        question = self._question(answer)
+        question = self._question(answer.question_id, answer.category)
         if question not in mine or "e" in mine[question]:  # answered after all, when the run was resumed
             mine[question] = self._packed(answer)
 
@@ -109,11 +124,17 @@ class _Binder:
         settings = self.figures.settings
         return setting.label(settings) if len(settings) > 1 else ""
 
-    def _question(self, answer: Answer) -> int:
-        key = f"{answer.category} {answer.question_id}"
+    def _ask(self, question: dict[str, Any], place: str) -> None:
+        if not {"question_id", "category", "turns"} <= question.keys():
+            raise ValueError(f"{place}: expected a question with question_id, category and turns, got {list(question)}")
+        number = self._question(question["question_id"], question["category"])
+        self.book.questions[number]["turns"] = question["turns"]
+
+    def _question(self, identity: int | str, category: str) -> int:
+        key = f"{category} {identity}"
         if key not in self._questions:
             self._questions[key] = len(self.book.questions)
-            self.book.questions.append({"id": answer.question_id, "category": answer.category})
+            self.book.questions.append({"id": identity, "category": category})
         return self._questions[key]
 
     def _packed(self, answer: Answer) -> dict[str, Any]:
@@ -145,8 +166,15 @@ class _Binder:
     def _source(self, name: str) -> str:
         if name not in self._sources:
             self._sources[name] = chr(_FIRST + len(self._sources))
-            self.book.sources.append({"name": name, "color": self.figures.colors.get(name)})
+            self.book.sources.append({"name": name, "color": self._color(name)})
         return self._sources[name]
+
+    def _color(self, source: str) -> int | None:
+        """The drafter's; parts of a mixture get colours after those of the drafters."""
+        if source in (PREFILL, TARGET, UNRECORDED) or source in KINDS:
+            return None
+        others = [item for item in self.book.sources if item["color"] is not None and item["name"] not in self._known]
+        return self.figures.colors.get(source, len(self._known) + len(others))
 
     def _pair_with_plain(self) -> None:
         plain = {key[0]: index for key, index in self._methods.items() if key[2] == "plain"}

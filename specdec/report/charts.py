@@ -19,8 +19,8 @@ from specdec.metrics import PHASES
 from specdec.report.theme import MARKERS, Theme
 
 NARROW = 520
-PARTS = (*PHASES, "other")
-"""Of the time of a call: the phases of the loop, and the rest."""
+PARTS = (*PHASES, "decode", "other")
+"""Of the time of a call: the phases of our loop, the decoding of other loops, and the rest."""
 
 _PIXEL = 1 / 72  # of an inch, at the 72 dots per inch of matplotlib's SVG
 
@@ -172,9 +172,9 @@ def line_chart(lines: Sequence[Line], labels: tuple[str, str], kind: str, width:
     figure = _figure(theme, width, total)
     axes = _place(figure, theme, (56, 14, width - 56 - right, height))
     # From top to bottom as the lines begin.
-    for index, line in enumerate(sorted(lines, key=lambda line: -line.points[0][1])):
+    for line in sorted(lines, key=lambda line: -line.points[0][1]):
         axes.plot(
-            *zip(*line.points, strict=True), color=theme.color(line.color), marker=_marker(line, index), markersize=6.5,
+            *zip(*line.points, strict=True), color=theme.color(line.color), marker=_marker(lines, line), markersize=6.5,
             linewidth=2, linestyle="--" if _repeats(theme, line.color) else "-", markeredgecolor=theme.surface,
             markeredgewidth=0.8, label=line.label, clip_on=False, zorder=3,
         )  # fmt: skip
@@ -205,13 +205,16 @@ def time_split(splits: Sequence[Split], width: int, theme: Theme) -> Figure:
     for row, split in enumerate(splits):
         start = 0.0
         for color, seconds in zip(theme.phases, split.seconds, strict=True):
+            seconds = max(seconds, 0.0)  # the rest is a difference of clocks
             axes.barh(row, seconds, left=start, height=thickness, color=color, linewidth=0)
             start += seconds
         axes.text(start + longest * 0.012, row, f"{start:.3g} s", va="center", fontsize=11, color=theme.ink)
     axes.set_xlabel("seconds, all rows")
-    handles = [Patch(facecolor=color, label=name) for name, color in zip(PARTS, theme.phases, strict=True)]
+    used = [any(split.seconds[index] > 0 for split in splits) for index in range(len(PARTS))]
+    parts = [item for item, there in zip(zip(PARTS, theme.phases, strict=True), used, strict=True) if there]
+    handles = [Patch(facecolor=color, label=name) for name, color in parts]
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=3 if narrow else 5, frameon=False,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=3 if narrow else 6, frameon=False,
         fontsize=11, labelcolor=theme.ink, handlelength=1.2, handleheight=0.9, columnspacing=1.6,
     )  # fmt: skip
     return figure
@@ -320,8 +323,11 @@ def _fill(theme: Theme, color: int | None) -> dict[str, Any]:
     return {"facecolor": theme.color(color), "linewidth": 0, **hatch}
 
 
-def _marker(line: Line, index: int) -> str:
-    return MARKERS[(index if line.color is None else line.color) % len(MARKERS)]
+def _marker(lines: Sequence[Line], line: Line) -> str:
+    """The drafter's own; lines of one colour differ by theirs."""
+    alike = [other for other in lines if other.color == line.color]
+    first = len(MARKERS) // 2 if line.color is None else line.color
+    return MARKERS[(first + 5 * alike.index(line)) % len(MARKERS)]
 
 
 def _scale(axes: Axes, kind: str, lines: Sequence[Line], theme: Theme) -> None:

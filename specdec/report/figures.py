@@ -11,6 +11,7 @@ from specdec.report.charts import PARTS, Bar, Histogram, Line, Panel, Split
 from specdec.report.runs import Run
 
 OVERALL, ALL_ROWS, NON_LOOPING = "overall", "all", "non_looping"
+_NO_VARIANT = ("drafter=", "output=", "shard=")  # overrides that say nothing about a method
 _KIND_NAMES = {
     "plain": "plain",
     "transformers": "transformers generate",
@@ -48,7 +49,7 @@ class Method:
 
     Attributes:
         setting: under which.
-        drafter: name, as recorded.
+        recorded: its name in the records.
         kind: as recorded.
         variant: what tells it from other variants of the same drafter; usually empty.
         run: where it was measured.
@@ -56,7 +57,7 @@ class Method:
     """
 
     setting: Setting
-    drafter: str
+    recorded: str
     kind: str
     variant: str
     run: Run
@@ -68,9 +69,14 @@ class Method:
         return all(row.lossless for row in self.rows)
 
     @property
+    def drafter(self) -> str:
+        """Name of the drafter, which may be recorded under another."""
+        return self.run.drafter_of(self.recorded)
+
+    @property
     def name(self) -> str:
-        """The drafter, or what it is instead, and the variant."""
-        name = _KIND_NAMES.get(self.kind, self.drafter)
+        """Its name in words, and the variant."""
+        name = _KIND_NAMES.get(self.kind, self.recorded)
         return f"{name} {self.variant}" if self.variant else name
 
     @property
@@ -80,7 +86,7 @@ class Method:
 
     @property
     def family(self) -> str:
-        """The same without the variant."""
+        """Its drafter, likewise."""
         return self._marked(_KIND_NAMES.get(self.kind, self.drafter))
 
     def _marked(self, name: str) -> str:
@@ -122,10 +128,10 @@ class Figures:
         return self.colors.get(method.drafter) if method.kind == "drafter" else None
 
     def of(self, setting: Setting) -> list[Method]:
-        """Methods of a setting, each drafter in its fastest variant, fastest first; plain decoding left out."""
+        """Methods of a setting, each in its fastest variant, fastest first; plain decoding left out."""
         best: dict[tuple[str, str], Method] = {}
         for method in self.all_of(setting):
-            best.setdefault((method.kind, method.drafter), method)
+            best.setdefault((method.kind, method.recorded), method)
         return [method for method in best.values() if method.kind != "plain"]
 
     def all_of(self, setting: Setting) -> list[Method]:
@@ -215,7 +221,7 @@ class Figures:
 
     def variants_shown(self, setting: Setting) -> bool:
         """Whether some drafter has several variants, of which the charts show the fastest."""
-        return any(count > 1 for count in Counter((m.kind, m.drafter) for m in self.all_of(setting)).values())
+        return any(count > 1 for count in Counter((m.kind, m.recorded) for m in self.all_of(setting)).values())
 
 
 def task_name(task: str) -> str:
@@ -240,15 +246,15 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
             jobs = grouped.setdefault((setting, row.drafter, row.method_kind), {})
             jobs.setdefault((index, row.job), []).append(row)
     methods = []
-    for (setting, drafter, kind), jobs in grouped.items():
+    for (setting, name, kind), jobs in grouped.items():
         chosen = list(jobs)[:1] if kind != "drafter" else list(jobs)
-        names = _variant_names(
+        variants = _variant_names(
             [jobs[job][0].overrides or runs[job[0]].overrides for job in chosen],
             [job[1] or runs[job[0]].folder.name for job in chosen],
         )
         methods += [
-            Method(setting, drafter, kind, name, runs[job[0]], jobs[job])
-            for job, name in zip(chosen, names, strict=True)
+            Method(setting, name, kind, variant, runs[job[0]], jobs[job])
+            for job, variant in zip(chosen, variants, strict=True)
         ]
     return methods
 
@@ -260,6 +266,6 @@ def _variant_names(overrides: Sequence[Sequence[str]], folders: Sequence[str]) -
     common = set.intersection(*map(set, overrides))
     names = []
     for texts in overrides:
-        own = [text.partition("=") for text in texts if text not in common and not text.startswith("drafter=")]
+        own = [text.partition("=") for text in texts if text not in common and not text.startswith(_NO_VARIANT)]
         names.append(" ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in own))
     return names if len(set(names)) == len(names) else [f"[{folder}]" for folder in folders]

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from specdec.evaluation.records import FAILED, SummaryRow, replace_text
+from specdec.evaluation.records import SummaryRow, replace_text
 from specdec.report.answers import Book, collect
 from specdec.report.drawing import Pictures
 from specdec.report.figures import ALL_ROWS, NON_LOOPING, OVERALL, Figures, Method, Setting, task_name
@@ -71,9 +71,11 @@ def _render(figures: Figures, book: Book, sections: Sequence[dict[str, Any]]) ->
         mixed=_mixed(figures),
         runs=[_provenance(run) for run in figures.runs],
         units=figures.runs[0].summary.units,
-        methods=len({(m.kind, m.drafter) for m in figures.methods}),
+        methods=len({(m.kind, m.recorded) for m in figures.methods}),
         any_lossy=not all(method.lossless for method in figures.methods),
         questions=len(book.questions),
+        left_out={name: reason for run in figures.runs for name, reason in run.left_out.items()},
+        interrupted=[run.folder.name for run in figures.runs if run.provenance.get("interrupted")],
         rows=_json(_all_rows(figures)),
         book=book.packed(),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -160,14 +162,18 @@ def _rounded(row: SummaryRow, name: str) -> float | int | None:
 
 def _provenance(run: Run) -> dict[str, Any]:
     """What is known about a run: short facts in a list, long ones (the configuration, versions) folded."""
-    facts, folded = [("folder", run.folder.name)], []
+    facts, folded = [("folder", run.folder.resolve().name)], []
     for key, value in run.provenance.items():
         if isinstance(value, dict | list) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             folded.append((key, json.dumps(value, indent=2, ensure_ascii=False, default=str)))
         else:
             facts.append((key, " ".join(value) if isinstance(value, list) else str(value)))
-    failed = sorted(path.name for path in (run.folder / FAILED).glob("*.jsonl"))
-    return {"name": run.folder.name, "overrides": run.overrides, "facts": facts, "folded": folded, "failed": failed}
+    return {
+        "name": run.folder.resolve().name,
+        "overrides": run.overrides,
+        "facts": facts,
+        "folded": folded,
+    }
 
 
 def _json(value: Any) -> Markup:

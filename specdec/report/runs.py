@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.evaluation.records import ANSWERS, SUMMARY, Summary, SummaryRow, read_summary
+from specdec.evaluation.records import ANSWERS, SUMMARY, Summary, read_summary
 
 
 @dataclass
@@ -18,12 +18,10 @@ class Run:
     Attributes:
         folder: where it lies.
         summary: its figures and provenance.
-        overrides: what distinguishes this job from its siblings in a multirun, ``key=value`` each; else empty.
     """
 
     folder: Path
     summary: Summary
-    overrides: list[str] = field(default_factory=list)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -44,6 +42,25 @@ class Run:
     def device(self) -> str:
         """As recorded."""
         return self._recorded("device")
+
+    @property
+    def overrides(self) -> list[str]:
+        """``key=value`` as given on the command line."""
+        return [str(text) for text in self.provenance.get("overrides") or []]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Method -> why it was not measured."""
+        return dict(self.provenance.get("left_out") or {})
+
+    def drafter_of(self, method: str) -> str:
+        """Name of the drafter behind a method, whose label in the configuration may be another."""
+        config = self.provenance.get("config")
+        entries = config.get("drafters") if isinstance(config, dict) else None
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("label", entry.get("name")) == method:
+                return str(entry["name"])
+        return method
 
     def _recorded(self, key: str) -> str:
         found = self.provenance.get(key)
@@ -77,20 +94,15 @@ def _runs_in(folder: Path) -> Iterator[Run]:
     if (folder / ANSWERS).is_dir() and (folder / SUMMARY).is_file():
         yield Run(folder, _summary(folder / SUMMARY))
         return
-    joined = _summary(folder / SUMMARY).rows if (folder / SUMMARY).is_file() else []
     children = sorted((path.parent for path in folder.glob(f"*/{SUMMARY}")), key=_by_number)
     for child in children:
-        yield Run(child, _summary(child / SUMMARY), _overrides(joined, child.name))
-    if joined and not children:  # the joined table alone was kept
+        yield Run(child, _summary(child / SUMMARY))
+    if not children and (folder / SUMMARY).is_file():  # the tables alone were kept
         yield Run(folder, _summary(folder / SUMMARY))
 
 
 def _by_number(folder: Path) -> tuple[int, str]:
     return (int(folder.name) if folder.name.isdigit() else -1, folder.name)
-
-
-def _overrides(joined: Sequence[SummaryRow], job: str) -> list[str]:
-    return next((list(row.overrides or []) for row in joined if str(row.job) == job), [])
 
 
 def _nothing_in(folder: Path) -> str:

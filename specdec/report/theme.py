@@ -22,11 +22,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 
 _LIGHT = {
     "ink": "#1b2028", "muted": "#596372", "grid": "#dfe3e9", "surface": "#ffffff", "neutral": "#8b94a3",
-    "phase0": "#c3cad5", "phase1": "#c9820a", "phase2": "#4a5d7a", "phase3": "#161d2b", "phase4": "#e7d9c3",
+    "phase0": "#c3cad5", "phase1": "#c9820a", "phase2": "#4a5d7a", "phase3": "#161d2b",
+    "phase4": "#93a8c9", "phase5": "#e7d9c3",
 }  # fmt: skip
 _DARK = {
     "ink": "#e8ebf0", "muted": "#a0a9b8", "grid": "#2e3541", "surface": "#161a21", "neutral": "#7d8798",
-    "phase0": "#3f4856", "phase1": "#e0a33a", "phase2": "#8ba3c7", "phase3": "#e3e9f3", "phase4": "#57492f",
+    "phase0": "#3f4856", "phase1": "#e0a33a", "phase2": "#8ba3c7", "phase3": "#e3e9f3",
+    "phase4": "#53709c", "phase5": "#57492f",
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ class Theme:
         surface: what the chart stands on.
         neutral: methods that are no drafter of ours.
         series: one colour per drafter, in turn.
-        phases: prefill, draft, verify, commit, other.
+        phases: prefill, draft, verify, commit, other loops' decoding, the rest.
     """
 
     ink: str
@@ -59,7 +61,7 @@ class Theme:
 
 def _theme(roles: dict[str, str], series: Sequence[str]) -> Theme:
     plain = {name: roles[name] for name in ("ink", "muted", "grid", "surface", "neutral")}
-    return Theme(**plain, series=series, phases=[roles[f"phase{index}"] for index in range(5)])
+    return Theme(**plain, series=series, phases=[roles[f"phase{index}"] for index in range(6)])
 
 
 PRINT = _theme(_LIGHT, LIGHT_SERIES)

@@ -142,7 +142,7 @@
     const tokens = (text, sources, divergence) => {
       const box = make("div", { class: "tokens" });
       book.texts[text].forEach((piece, i) => {
-        const source = book.sources[sources.length === 1 ? sources.charCodeAt(0) - 48 : sources.charCodeAt(i) - 48];
+        const source = book.sources[sources.charCodeAt(i) - 48];
         const kind = source.name === "target" || source.name === "not recorded" ? "own" : source.name === "prefill" ? "pre" : "drafted";
         const span = make("span", { class: kind + (i === divergence ? " differs" : ""), title: source.name }, piece);
         if (kind === "drafted") span.style.setProperty("--color", color(source.color));
