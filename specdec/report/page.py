@@ -161,19 +161,19 @@ def _rounded(row: SummaryRow, name: str) -> float | int | None:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    """What is known about a run: short facts in a list, long ones (the configuration, versions) folded."""
-    facts, folded = [("folder", run.folder.resolve().name)], []
+    """What is known about a run: facts that fit on a line, and long ones (the configuration) folded."""
+    facts, folded = [], []
     for key, value in run.provenance.items():
-        if isinstance(value, dict | list) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        if value is None or value == {} or key in ("left_out", "interrupted"):  # the latter are said elsewhere
+            continue
+        items = list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value])
+        if any(isinstance(item, dict | list) for item in items):
             folded.append((key, json.dumps(value, indent=2, ensure_ascii=False, default=str)))
+        elif isinstance(value, dict):
+            facts.append((key, ", ".join(f"{name} {item}" for name, item in value.items())))
         else:
-            facts.append((key, " ".join(value) if isinstance(value, list) else str(value)))
-    return {
-        "name": run.folder.resolve().name,
-        "overrides": run.overrides,
-        "facts": facts,
-        "folded": folded,
-    }
+            facts.append((key, " ".join(map(str, items))))
+    return {"name": run.folder.resolve().name, "overrides": run.overrides, "facts": facts, "folded": folded}
 
 
 def _json(value: Any) -> Markup:
