@@ -31,7 +31,7 @@ from drafters.skip_search import SkipSearch, SkipSet, unified, uniform
 from drafters.swift import Swift
 from measure import prompts
 from specdec.decoding import Step
-from specdec.demo.heldout import ends_in_loop
+from specdec.metrics import ends_in_loop
 from specdec.generation import plainly, speculation_of
 from specdec.interfaces import DecodeState
 from specdec.loading import Loaded, demo_target

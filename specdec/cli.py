@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,6 +21,10 @@ from specdec import commands
 from specdec.build import config_dir
 
 _PARTS = ("target", "drafter", "verifier", "acceptance", "data")
+_OPTIONS_WITH_VALUE = (  # of Hydra
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
+    "-i", "--experimental-rerun",
+)  # fmt: skip
 _USER_ERRORS = (ValueError, OSError, ImportError, OmegaConfBaseException)
 
 
@@ -39,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command not in available():
         console.print(f"[red]unknown command {command!r}[/red]; known: {', '.join(available())}")
         sys.exit(2)
-    run = importlib.import_module(f"specdec.commands.{command}").run
+    module = importlib.import_module(f"specdec.commands.{command}")
+    overrides = _gather(overrides, getattr(module, "POSITIONAL", None))
     # The bar over weights being read is longer than the reading for the models this shows most.
     disable_progress_bar()
     sys.argv = [f"specdec {command}", *map(_override, overrides)]
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(run, console))()
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(module.run, console))()
 
 
 def _override(argument: str) -> str:
@@ -55,9 +61,28 @@ def _override(argument: str) -> str:
     key, equals, value = argument.partition("=")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in ("'", '"')
     if key == "prompt" and equals and not quoted:
-        escaped = re.sub(r"(\\*)(\'|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-        return f"{key}='{escaped}'"
+        return f"{key}={_quoted(value)}"
     return f"++{argument}" if equals and key.partition(".")[0] in _PARTS and "." in key else argument
+
+
+def _quoted(text: str) -> str:
+    escaped = re.sub(r"(\\*)(\'|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _gather(arguments: Sequence[str], key: str | None) -> list[str]:
+    """Make the positional arguments of a command that has such, its ``POSITIONAL``, one override: a list named ``key``.
+
+    Positional is what is neither an override nor an option nor an option's value; and every folder that exists, since
+    those of a multirun may be called ``drafter=token_recycling``.
+    """
+    if key is None:
+        return list(arguments)
+    found, others = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        bare = "=" not in argument and not argument.startswith(("-", "~")) and before not in _OPTIONS_WITH_VALUE
+        (found if bare or Path(argument).is_dir() else others).append(argument)
+    return [*others, f"{key}=[{','.join(map(_quoted, found))}]"] if found else others
 
 
 def _guarded(run: Callable[[DictConfig], Any], console: Console) -> Callable[[DictConfig], Any]:

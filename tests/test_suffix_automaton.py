@@ -27,7 +27,8 @@ from drafters.suffix_automaton import SamDecoding
 from drafters.token_recycling import TokenRecycling
 from drafters.tries import by_row, most_frequent
 from specdec.build import build_drafter, load
-from specdec.demo.heldout import ends_in_loop, heldout_functions
+from specdec.demo.heldout import heldout_functions
+from specdec.metrics import ends_in_loop
 from specdec.interfaces import DecodeState, History, Prefill
 from specdec.loading import demo_target
 from specdec.metrics import SpeculationStats

@@ -19,7 +19,7 @@ from specdec.commands._session import Session, checked_temperature
 from specdec.evaluation.data import Question, Selection
 from specdec.evaluation.progress import Progress
 from specdec.evaluation.provenance import now, provenance
-from specdec.evaluation.records import Summary, replace_text
+from specdec.evaluation.records import QUESTIONS, Summary, replace_text, write_lines
 from specdec.evaluation.runner import Plan, Runner, Setting
 from specdec.evaluation.store import CONFIG, RunFolder, told_when_full
 from specdec.evaluation.summary import best, provenance_of, summarise
@@ -44,6 +44,7 @@ def run(config: DictConfig) -> float | int | None:
     folder.claim(_found(folder.path), _stable(resolved), config.overwrite)
     with told_when_full(folder.path):
         replace_text(folder.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        write_lines(folder.path / QUESTIONS / f"questions{folder.suffix}.jsonl", questions)
     said = provenance(session.loaded, sys.argv, resolved, config.shard, _overrides())
     said |= {"left_out": contenders.left_out, "questions": len(questions)}
     interrupted = False

@@ -6,6 +6,7 @@ of our own stand beside theirs and never change what theirs mean::
     RUN/answers/STEM.jsonl   one line per question that every method answered
     RUN/failed/STEM.jsonl    the same for questions that failed for some method, or whose first prompt did not fit
     RUN/steps/STEM.jsonl     one line per question, turn and repeat of a method that runs through our loop
+    RUN/questions/*.jsonl    the questions as asked, a file per shard
     RUN/summary.json         provenance, units and one row per method, task and setting
     RUN/config.yaml          the resolved configuration
 
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-ANSWERS, FAILED, STEPS, SUMMARY = "answers", "failed", "steps", "summary.json"
+ANSWERS, FAILED, STEPS, QUESTIONS, SUMMARY = "answers", "failed", "steps", "questions", "summary.json"
 PREFILL, TARGET = "prefill", "target"
 """Sources of a token beside the names of drafters: the prompt's pass, and the target's own token of a later pass."""
 

@@ -19,6 +19,7 @@ from specdec.evaluation.data import shard_of
 from specdec.evaluation.records import (
     ANSWERS,
     FAILED,
+    QUESTIONS,
     STEPS,
     SUMMARY,
     Answer,
@@ -32,7 +33,7 @@ from specdec.evaluation.records import (
 
 CONFIG = "config.yaml"
 STATE = "state"
-_OURS = (ANSWERS, FAILED, STEPS, STATE, "processes", SUMMARY, "summary.csv", "summary.md", CONFIG)
+_OURS = (ANSWERS, FAILED, STEPS, QUESTIONS, STATE, "processes", SUMMARY, "summary.csv", "summary.md", CONFIG)
 
 
 class RunFolder:
