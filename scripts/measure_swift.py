@@ -31,11 +31,10 @@ from drafters.skip_search import SkipSearch, SkipSet, unified, uniform
 from drafters.swift import Swift
 from measure import prompts
 from specdec.decoding import Step
-from specdec.metrics import ends_in_loop
 from specdec.generation import plainly, speculation_of
 from specdec.interfaces import DecodeState
 from specdec.loading import Loaded, demo_target
-from specdec.metrics import SpeculationStats
+from specdec.metrics import SpeculationStats, ends_in_loop
 from specdec.routing import FULL, Route
 from specdec.target import Target
 from specdec.tree import root_only

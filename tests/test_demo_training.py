@@ -16,8 +16,8 @@ from demo_target_corpus import CHAT_TEMPLATE
 from demo_target_loops import Prompts, chat_prompt, greedy, repeat_origins, repeated_rows, unlikelihood
 from refine_demo_target import RECIPE, Plan, open_refinement, refine
 from specdec.demo.heldout import heldout_functions, is_heldout, stdlib_functions
-from specdec.metrics import ends_in_loop
 from specdec.loading import DEMO_FOLDER, demo_target
+from specdec.metrics import ends_in_loop
 from train_demo_target import Run
 
 UNIQUE = list(range(100, 140))

@@ -28,10 +28,9 @@ from drafters.token_recycling import TokenRecycling
 from drafters.tries import by_row, most_frequent
 from specdec.build import build_drafter, load
 from specdec.demo.heldout import heldout_functions
-from specdec.metrics import ends_in_loop
 from specdec.interfaces import DecodeState, History, Prefill
 from specdec.loading import demo_target
-from specdec.metrics import SpeculationStats
+from specdec.metrics import SpeculationStats, ends_in_loop
 from specdec.tree import PADDING, Draws, TokenTree, Topology
 from test_acceptance import random_tree
 from test_contract import generate, model_of, prompts
