@@ -12,8 +12,10 @@ import argparse
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import specdec
 from specdec.cache import TreeCache
 from specdec.evaluation.data import Selection, heldout
 from specdec.evaluation.methods import Batch, Speculating
+from specdec.evaluation.provenance import provenance
 from specdec.generation import Speculation, speculation_of, using
 from specdec.loading import Loaded, demo_target
 from specdec.metrics import PHASES
@@ -78,6 +81,22 @@ def step_seconds(model: Any, batch: Batch, repeats: int = 9) -> dict[str, float]
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 
+def float32_over_bfloat16(models: dict[str, Any], batches: Sequence[Batch]) -> dict[str, float]:
+    """Seconds per token of transformers' own methods in float32 over bfloat16, in turns: the faster is the baseline."""
+    methods: dict[str, dict[str, Any]] = {"generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}}
+    ratios = {}
+    for name, options in methods.items():
+        seconds = dict.fromkeys(models, 0.0)
+        for model in models.values():  # warm-up
+            generate(model, batches[0], **options)
+        for batch, (dtype, model) in product(batches, models.items()):
+            start = time.perf_counter()
+            text = generate(model, batch, **options)
+            seconds[dtype] += (time.perf_counter() - start) / (text.shape[1] - batch.input_ids.shape[1])
+        ratios[name] = seconds["float32"] / seconds["bfloat16"]
+    return ratios
+
+
 def loop_share(model: Any, handle: Speculation, batch: Batch) -> float:
     """Share of the time after the prefill that is not spent inside the model's forward."""
     inside = [0.0]
@@ -128,6 +147,7 @@ def measure(gsm8k: Path, rows: int) -> dict[str, Any]:
     questions = Selection(limit=rows, sample=True)(heldout(str(gsm8k)))
     prompts = [loaded.encode(question.turns[0]) for question in questions]
     batches = [Batch.of([prompt], pad) for prompt in prompts]
+    models = {"bfloat16": model, "float32": demo_target("float32").model}
     text = generate(model, batches[0], max_new_tokens=NEW_TOKENS // 2)
     forward = forward_seconds(model, text, (1, 11, NODES))
     steps = step_seconds(model, batches[0])
@@ -135,11 +155,11 @@ def measure(gsm8k: Path, rows: int) -> dict[str, Any]:
     handles["token_recycling"] = attached(model, "token_recycling", num_nodes=NODES - 1)
     recycling = handles["token_recycling"]
     return {
+        "provenance": provenance(loaded, ["python", *sys.argv], {}, None, []),
         "prompts": len(prompts),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "forward_ms": {width: 1e3 * seconds for width, seconds in forward.items()},
         "forward_ratio": {width: seconds / forward[1] for width, seconds in forward.items()},
+        "seconds_per_token_float32_over_bfloat16": float32_over_bfloat16(models, batches),
         "step_of_none_over_generate": steps["none"] / steps["generate"],
         "forward_share_of_a_step_of_generate": forward[1] / steps["generate"],
         f"share_outside_the_forward_at_{NODES}_nodes": {

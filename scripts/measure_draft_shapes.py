@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import specdec
-from measure import prompts
+from specdec.evaluation.data import heldout
 from specdec.generation import speculation_of
 from specdec.loading import Loaded, demo_target
 from specdec.metrics import SpeculationStats
@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    loaded, texts = demo_target(args.dtype, "cpu"), prompts(args.gsm8k, args.rows)
+    loaded = demo_target(args.dtype, "cpu")
+    texts = [question.turns[0] for question in heldout(str(args.gsm8k))[: args.rows]]
     results: dict[str, dict[str, float]] = {}
     table = Table("node slots", "method", "mean accepted tokens", "distinct nodes per step")
     todo = [(budget, name, options) for budget, methods in METHODS.items() for name, options in methods.items()]

@@ -29,8 +29,8 @@ import specdec
 from drafters.self_drafting import draft_chain
 from drafters.skip_search import SkipSearch, SkipSet, unified, uniform
 from drafters.swift import Swift
-from measure import prompts
 from specdec.decoding import Step
+from specdec.evaluation.data import heldout
 from specdec.generation import plainly, speculation_of
 from specdec.interfaces import DecodeState
 from specdec.loading import Loaded, demo_target
@@ -170,7 +170,7 @@ def acceptance(gsm8k: Path, rows: int, candidates: int) -> dict[str, Any]:
     """Found set against uniform set on rows that do not loop, with the speed over plain decoding."""
     loaded = demo_target("bfloat16")
     model = loaded.model
-    texts = prompts(gsm8k, rows + 8)
+    texts = [question.turns[0] for question in heldout(str(gsm8k))[: rows + 8]]
     calibration, judged = texts[:8], texts[8:]
     drafter = Swift(search=SkipSearch(max_iterations=candidates, max_score=1.0))
     specdec.speculate(model, drafter)
