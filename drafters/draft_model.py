@@ -21,7 +21,7 @@ from drafters.ranked_trees import Grown, Shape, TopK
 from drafters.sampled_trees import Beam, Branching, Chains
 from specdec import capabilities
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
-from specdec.loading import DEMO_FOLDER
+from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.sampling import Policy
 from specdec.target import Target
 from specdec.tree import CANDIDATE, PADDING, TokenTree, root_only
@@ -35,7 +35,8 @@ class DraftModel(BaseDrafter):
 
     Args:
         path: the draft model: a folder, a hub id, ``demo`` for the one that goes with the demo target, a loaded model
-            (used as it is), or None for a tiny random one over the target's vocabulary.
+            (used as it is), or None: ``demo`` for the demo target, for others a tiny random one, which is of use in
+            tests only.
         shape: ``chain``; ``chains``, several independent ones merged; ``top_k``, the best nodes of all that the draft
             model scored; ``rsd_c``, ``branching`` children per level drawn without replacement; ``rsd_s``, a stochastic
             beam search. ``top_k`` never samples, the others do where the request does.
@@ -83,6 +84,7 @@ class DraftModel(BaseDrafter):
         self.shape = shapes[shape]
         self.samples = shape != "top_k"
         self.path, self.dtype, self.device, self.seed = path, dtype, device, seed
+        self._path = path
         self.needs = Needs(max_nodes=self.shape.max_nodes)
         self.follower: Follower | None = None
         self._step: tuple[Growth, Grown] | None = None
@@ -91,13 +93,14 @@ class DraftModel(BaseDrafter):
         """Load the draft model; refuses another vocabulary, a missing model and one that cannot branch."""
         if target.vocab_size < self.shape.widest:
             return f"a vocabulary of at least {self.shape.widest} tokens, got {target.vocab_size}"
-        missing = _why_missing(self.path)
+        self._path = "demo" if self.path is None and is_demo(target.model) else self.path
+        missing = _why_missing(self._path)
         if missing is not None:
             return missing
         try:
             model = self._load(target)
         except OSError as error:
-            return f"a draft model at path={self.path!r}; loading it failed: {error}"
+            return f"a draft model at path={self._path!r}; loading it failed: {error}"
         name = f"{type(model).__name__} ({model.config.model_type})"
         reason = capabilities.why_not(model)
         if reason is not None:
@@ -113,15 +116,15 @@ class DraftModel(BaseDrafter):
         return None
 
     def _load(self, target: Target) -> Any:
-        if self.path is not None and not isinstance(self.path, str):
-            return self.path
+        if self._path is not None and not isinstance(self._path, str):
+            return self._path
         dtype = target.dtype if self.dtype is None else getattr(torch, self.dtype)
-        if self.path is None:
+        if self._path is None:
             model = random_draft_model(target, self.seed).to(dtype)
         else:
             from transformers import AutoModelForCausalLM
 
-            model = AutoModelForCausalLM.from_pretrained(_folder_of(self.path), dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(_folder_of(self._path), dtype=dtype)
         return model.to(self.device or target.device).eval().requires_grad_(False)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:

@@ -72,6 +72,11 @@ def demo_target(dtype: str = "bfloat16", device: str | None = None) -> Loaded:
     return _load(str(DEMO_FOLDER), "demo", dtype, device)
 
 
+def is_demo(model: Any) -> bool:
+    """Whether a model is the demo target, for which drafters find their shipped weights."""
+    return getattr(model.config, "_name_or_path", None) == str(DEMO_FOLDER)
+
+
 def hf_target(
     path: str,
     dtype: str = "auto",
