@@ -59,11 +59,11 @@ def run(config: DictConfig) -> float | int | None:
     summary = _summarise(folder, {**said, "finished": now(), "interrupted": interrupted})
     show(summary)
     _say_where(console, folder.path, interrupted, runner.failures)
+    metric = best(summary, config.metric, contenders.first)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         if interrupted:
             raise KeyboardInterrupt
-        return best(summary, config.metric, contenders.first)
-    metric = best(summary, config.metric, contenders.first)
+        return metric
     bugs = any(row.bugs for row in summary.rows if row.lossless)
     return INTERRUPTED if interrupted else 1 if runner.failures or bugs else metric
 
