@@ -40,8 +40,13 @@ class Contenders:
         eos = model.generation_config.eos_token_id
         self._eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         states = config["states"]
-        if not isinstance(states, list) or not states or set(states) - {WARM, COLD}:
-            raise ValueError(f"expected states to be a list of warm and cold, got {states!r}")
+        if (
+            not isinstance(states, list)
+            or not states
+            or sorted({*states}) != sorted(states)
+            or {*states} - {WARM, COLD}
+        ):
+            raise ValueError(f"expected states to be a list of warm and cold, each once; got {states!r}")
         self._plain = self._speculating("none", "none", "plain")
         self._transformers = [self._baseline(name) for name in self._baselines()]
         self._drafters = list(self._all(choice))
