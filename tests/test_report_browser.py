@@ -232,6 +232,8 @@ def test_answers_are_filtered(opened: Opened) -> None:
     assert texts(browser, ".card") == []
     choose(browser, form, "search", "QUESTION 2 OF")
     assert texts(browser, ".card h3") == ["Question 202"]
+    assert f"{TOKENS} tokens" in texts(browser, ".card .turn-facts span")
+    assert texts(browser, ".card .prompt") == ["Question 2 of math_reasoning: a < b?"]
 
     choose(browser, form, "category", "")
     choose(browser, form, "search", "")
