@@ -78,7 +78,7 @@ def _gather(arguments: Sequence[str], key: str | None) -> list[str]:
     """
     if key is None:
         return list(arguments)
-    found, others = [], []
+    found, others = list[str](), list[str]()
     for before, argument in zip(["", *arguments], arguments, strict=False):
         bare = "=" not in argument and not argument.startswith(("-", "~")) and before not in _OPTIONS_WITH_VALUE
         (found if bare or Path(argument).is_dir() else others).append(argument)

@@ -116,7 +116,7 @@ def make_sweep(folder: Path, nodes: Sequence[int] = (5, 9, 25)) -> Path:
         grown = Style("token_recycling", min(0.4 + count / 60, 0.8), 5, 0.0004, stateful=True)
         child = make_run(folder / str(job), (grown,), case)
         for row in read_summary(child / SUMMARY).rows:
-            row.job, row.overrides = str(job), case.overrides
+            row.job, row.overrides = str(job), list(case.overrides)
             joined.append(row)
     replace_text(folder / SUMMARY, summary_json(Summary(_provenance(Case()), joined, dict(UNITS))))
     return folder

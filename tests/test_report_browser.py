@@ -135,7 +135,8 @@ def test_nothing_is_wider_than_the_screen(opened: Opened, width: int) -> None:
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
     scrolling = browser.execute_script(
-        "return [...document.querySelectorAll('.scroll')].filter((e) => e.offsetParent).map((e) => e.scrollWidth > e.clientWidth)"
+        "return [...document.querySelectorAll('.scroll')].filter((e) => e.offsetParent)"
+        ".map((e) => e.scrollWidth > e.clientWidth)"
     )
     if width == PHONE:
         assert all(scrolling), "tables scroll inside their own container"
@@ -195,9 +196,11 @@ def test_tokens_are_coloured_by_origin(opened: Opened) -> None:
     for label in ("token_recycling · batch 1", "prompt_lookup · batch 1"):
         choose(browser, "#answer-filters", "method", option(browser, "#answer-filters", "method", label))
         seen[label] = browser.execute_script("""
-            const spans = [...document.querySelectorAll('.card .tokens')][0].children;
-            const shadows = (kind) => [...new Set([...spans].filter((e) => e.className === kind).map((e) => getComputedStyle(e).boxShadow))];
-            return [spans.length, shadows('drafted'), shadows('own'), [...new Set([...spans].map((e) => e.title))].sort()]""")
+            const spans = [...document.querySelector('.card .tokens').children];
+            const distinct = (items) => [...new Set(items)].sort();
+            const shadows = (kind) =>
+                distinct(spans.filter((e) => e.className === kind).map((e) => getComputedStyle(e).boxShadow));
+            return [spans.length, shadows('drafted'), shadows('own'), distinct(spans.map((e) => e.title))]""")
         assert seen[label][0] == TOKENS
         assert len(seen[label][1]) == 1
         assert seen[label][2] == ["none"]
@@ -229,6 +232,8 @@ def test_answers_are_filtered(opened: Opened) -> None:
     assert texts(browser, ".card") == []
     choose(browser, form, "search", "QUESTION 2 OF")
     assert texts(browser, ".card h3") == ["Question 202"]
+    assert f"{TOKENS} tokens" in texts(browser, ".card .turn-facts span")
+    assert texts(browser, ".card .prompt") == ["Question 2 of math_reasoning: a < b?"]
 
     choose(browser, form, "category", "")
     choose(browser, form, "search", "")

@@ -9,7 +9,9 @@ import io
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -21,7 +23,7 @@ from specdec.report.theme import ON_PAGE, PLACEHOLDERS, PRINT, Theme
 
 WIDE, NARROW, PANEL = 1000, 324, 340
 _DOTS_PER_INCH = 144
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "specdec", "font.family": ["DejaVu Sans"]}
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "specdec", "font.family": ["DejaVu Sans"]}
 _counter = itertools.count()
 
 _MARKS = "bars: rows that do not loop; diamonds: all rows; ticks: from a cold start"
@@ -57,22 +59,20 @@ class Pictures:
         bars, panels = figures.bars(setting), figures.panels(setting)
         histograms, splits = figures.histograms(setting), figures.splits(setting)
         if bars:
-            self._whole["speedup"] = lambda width, theme: charts.speedup_bars(bars, width, theme)
+            self._whole["speedup"] = partial(charts.speedup_bars, bars)
         if panels:
-            self._whole["speedup_by_task"] = lambda width, theme: charts.task_panels(panels, 3, width, theme)
+            self._whole["speedup_by_task"] = partial(charts.task_panels, panels, 3)
             longest = max(charts.reach(bar) for panel in panels for bar in panel.bars)
             self._panels["speedup_by_task"] = [
-                lambda width, theme, panel=panel: charts.task_panels([panel], 1, width, theme, longest)
-                for panel in panels
+                partial(charts.task_panels, [panel], 1, longest=longest) for panel in panels
             ]
         if histograms:
-            self._whole["accepted_lengths"] = lambda width, theme: charts.histograms(histograms, 3, width, theme)
+            self._whole["accepted_lengths"] = partial(charts.histograms, histograms, 3)
             self._panels["accepted_lengths"] = [
-                lambda width, theme, item=item: charts.histograms([item], 1, width, theme, histograms)
-                for item in histograms
+                partial(charts.histograms, [item], 1, among=histograms) for item in histograms
             ]
         if splits:
-            self._whole["time_split"] = lambda width, theme: charts.time_split(splits, width, theme)
+            self._whole["time_split"] = partial(charts.time_split, splits)
         depth, accepted = "depth in the tree", "share of passes that accepted it"
         self._lines("acceptance_by_depth", figures.depths(setting, False), (depth, accepted), "share")
         accepted = "share accepted, once reached"
@@ -82,7 +82,7 @@ class Pictures:
 
     def _lines(self, name: str, lines: list[charts.Line], labels: tuple[str, str], kind: str) -> None:
         if lines:
-            self._whole[name] = lambda width, theme: charts.line_chart(lines, labels, kind, width, theme)
+            self._whole[name] = partial(charts.line_chart, lines, labels, kind)
 
     def __contains__(self, name: str) -> bool:
         return name in self._whole

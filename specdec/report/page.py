@@ -20,6 +20,7 @@ from specdec.report.runs import Run, find_runs
 from specdec.report.theme import css_variables
 
 PAGE = "index.html"
+_NONE = "–"
 _COLUMNS = (
     "speedup_vs_plain", "speedup_vs_transformers", "tokens_per_second", "mean_accepted_tokens", "draft_share",
     "tree_nodes", "looping_share", "rows", "identical_rows", "near_ties", "bugs", "failed", "skipped",
@@ -53,11 +54,11 @@ def _render(figures: Figures, book: Book, sections: Sequence[dict[str, Any]]) ->
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "times": lambda value: "–" if value is None else f"{value:.2f}×",
-        "fixed": lambda value, digits=2: "–" if value is None else f"{value:.{digits}f}",
-        "percent": lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f} %",
-        "breakable": lambda text: Markup("_<wbr>").join(text.split("_")),
-        "count": lambda value: "–" if value is None else f"{value}",
+        "times": _times,
+        "fixed": _fixed,
+        "percent": _percent,
+        "count": _count,
+        "breakable": _breakable,
     }
     return environment.get_template("page.html.jinja").render(
         style=Markup(_template("style.css")),
@@ -80,6 +81,27 @@ def _render(figures: Figures, book: Book, sections: Sequence[dict[str, Any]]) ->
         book=book.packed(),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _times(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2f}×"
+
+
+def _fixed(value: float | None, digits: int = 2) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return _NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _count(value: int | None) -> str:
+    return _NONE if value is None else str(value)
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _template(name: str) -> str:

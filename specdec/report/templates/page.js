@@ -158,9 +158,11 @@
     const verdictNames = { identical: "identical to plain", near_tie: "near-tie", bug: "bug" };
     const turn = (answer, plain, index, beside, lossless) => {
       const facts = make("p", { class: "turn-facts" });
-      if (answer.t.length > 1) facts.append(`turn ${index + 1}`);
-      facts.append(`${answer.n[index] ?? "–"} tokens`, make("span", {}, `${answer.p[index] ?? "–"} passes`));
-      if (answer.w[index] !== undefined) facts.append(make("span", {}, `${answer.w[index].toFixed(2)} s`));
+      const say = (text) => facts.append(make("span", {}, text));
+      if (answer.t.length > 1) say(`turn ${index + 1}`);
+      if (answer.n[index] !== undefined) say(`${answer.n[index]} tokens`);
+      if (answer.p[index] !== undefined) say(`${answer.p[index]} passes`);
+      if (answer.w[index] !== undefined) say(`${answer.w[index].toFixed(2)} s`);
       const verdict = answer.v[index];
       if (verdict) facts.append(make("span", { class: `badge ${lossless ? verdict : "lossy"}` }, lossless ? verdictNames[verdict] : verdict === "identical" ? "identical to plain" : "differs by design"));
       if (answer.l[index]) facts.append(make("span", { class: "badge" }, "looping"));
