@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_target_corpus import BOS, END, NameSwap
-from specdec.demo.heldout import LONG_REPETITION, MIN_LOOP_SPAN, Function, gsm8k_problems, stdlib_functions
+from specdec.demo.heldout import Function, gsm8k_problems, stdlib_functions
+from specdec.metrics import LONG_REPETITION, MIN_LOOP_SPAN
 
 MAX_BLOCK = 64
 MIN_PAIR_BLOCK = 8
