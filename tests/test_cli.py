@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from specdec import cli
-from specdec.build import choices, config_dir
+from specdec.build import build, choices, config_dir
 
 PROMPT = "def total(items):"
 SMALL = ("threads=1", "max_new_tokens=12")
@@ -68,11 +68,26 @@ def test_a_picture_needs_no_network(tmp_path: Path) -> None:
     assert "specdec" in picture.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", choices("acceptance"))
+def test_the_command_line_takes_every_rule(name: str) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("generate", overrides=[f"acceptance={name}"])
+    assert build(OmegaConf.to_container(config.acceptance)).name == name  # type: ignore[arg-type]
+
+
+def test_a_lossy_rule_is_said_to_be_one() -> None:
+    said = "the acceptance rule is lossy by design"
+    sampled = ("generate", f"prompt={PROMPT}", "temperature=1", *SMALL)
+    assert said in specdec(*sampled, "acceptance=typical").stdout
+    assert said not in specdec(*sampled, "acceptance=traversal").stdout
+
+
 def test_audit_passes_and_writes_its_rows(tmp_path: Path) -> None:
     output = tmp_path / "audit.json"
     done = specdec("audit", f"output={output}", "drafter=prompt_lookup", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert OmegaConf.load(output).mismatches == 0
+    assert OmegaConf.load(output).lossless is True
 
 
 MISTAKES = {
@@ -88,6 +103,8 @@ MISTAKES = {
     "no path": (["generate", "prompt=x", "target=hf"], "target.path=FOLDER_OR_HUB_ID"),
     "no number": (["generate", "prompt=x", "max_new_tokens=abc"], "whole number"),
     "negative temperature": (["generate", "prompt=x", "temperature=-1"], "temperature >= 0"),
+    "unknown rule": (["generate", "prompt=x", "acceptance=nope"], "recursive_rejection"),
+    "bad constant of a rule": (["generate", "prompt=x", "acceptance=typical", "acceptance.delta=-1"], "delta >= 0"),
     "rule for the other mode": (["generate", "prompt=x", "acceptance=greedy", "temperature=1"], "leave it out"),
     "no such folder": (["generate", "prompt=x", "target=hf", "target.path=./nowhere"], "names no folder"),
     "no new tokens": (["generate", "prompt=x", "max_new_tokens=0"], "max_new_tokens"),

@@ -87,7 +87,8 @@ def _values(events: Events, order: Tensor, first: Tensor, scores: Tensor) -> tup
         if nobody(parent < num_nodes):
             break
         begins = parent != current
-        r = torch.where(begins[:, None], probabilities(scores[rows, parent.clamp(max=num_nodes - 1)]), r)
+        if not nobody(begins):
+            r = torch.where(begins[:, None], probabilities(scores[rows, parent.clamp(max=num_nodes - 1)]), r)
         a = torch.where(begins, entry[rows, parent], a)
         q = events.distribution(event)
         token, child = events.token[rows, event], events.node[rows, event]
