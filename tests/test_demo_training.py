@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from demo_target_corpus import CHAT_TEMPLATE
 from demo_target_loops import Prompts, chat_prompt, greedy, repeat_origins, repeated_rows, unlikelihood
 from refine_demo_target import RECIPE, Plan, open_refinement, refine
-from specdec.demo.heldout import ends_in_loop, heldout_functions, is_heldout
+from specdec.demo.heldout import ends_in_loop, heldout_functions, is_heldout, stdlib_functions
 from specdec.loading import DEMO_FOLDER, demo_target
 from train_demo_target import Run
 
@@ -186,7 +186,10 @@ def test_a_resumed_refinement_gives_the_same_weights(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    plan = Plan(updates_per_round=1, prompts=(1, 3, 2), new_tokens=60, rows=2, length=128)
+    functions = stdlib_functions(heldout=False)[:300]
+    for module in ("demo_target_corpus", "demo_target_loops"):
+        monkeypatch.setattr(f"{module}.stdlib_functions", lambda *, heldout: functions)  # noqa: ARG005
+    plan = Plan(first_token=0, updates_per_round=1, prompts=(1, 3, 2), new_tokens=60, rows=2, length=128)
 
     def opened(folder: str) -> Run:
         run = open_refinement(tmp_path / folder, DEMO_FOLDER)
