@@ -35,8 +35,8 @@ class DraftModel(BaseDrafter):
 
     Args:
         path: the draft model: a folder, a hub id, ``demo`` for the one that goes with the demo target, a loaded model
-            (used as it is), or None: ``demo`` for the demo target, for others a tiny random one, which is of use in
-            tests only.
+            (used as it is, in evaluation mode), or None: ``demo`` for the demo target, for others a tiny random one,
+            which is of use in tests only.
         shape: ``chain``; ``chains``, several independent ones merged; ``top_k``, the best nodes of all that the draft
             model scored; ``rsd_c``, ``branching`` children per level drawn without replacement; ``rsd_s``, a stochastic
             beam search. ``top_k`` never samples, the others do where the request does.
@@ -49,7 +49,7 @@ class DraftModel(BaseDrafter):
         seed: of the random draft model.
 
     Raises:
-        ValueError: an unknown shape or dtype, sizes below one.
+        ValueError: an unknown shape or dtype, sizes below one, a dtype or device for a model that is loaded already.
     """
 
     name = "draft_model"
@@ -72,6 +72,8 @@ class DraftModel(BaseDrafter):
             raise ValueError(f"expected sizes of at least 1; got {', '.join(wrong)}")
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"unknown dtype {dtype!r}; expected float32, bfloat16 or float16")
+        if not (path is None or isinstance(path, str)) and (dtype or device):
+            raise ValueError(f"dtype and device go with a path; got {dtype=}, {device=} and a {type(path).__name__}")
         shapes: dict[str, Shape] = {
             "chain": Chains(depth),
             "chains": Chains(depth, width),
@@ -117,7 +119,7 @@ class DraftModel(BaseDrafter):
 
     def _load(self, target: Target) -> Any:
         if self._path is not None and not isinstance(self._path, str):
-            return self._path
+            return self._path.eval()
         dtype = target.dtype if self.dtype is None else getattr(torch, self.dtype)
         if self._path is None:
             model = random_draft_model(target, self.seed).to(dtype)

@@ -169,7 +169,7 @@ def test_greedy_text_cache_and_statistics(drafter: str, family: str, batch: int)
 @pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), ("gpt2", 3)))
 def test_sampled_text_equals_plain_decoding_with_the_same_seed(drafter: str, family: str, batch: int) -> None:
     # Whatever a tree looks like and however it was drawn, this rule takes position t of the text from uniform t. (The
-    # default rule for drawn trees, rejection, keeps the law and not the text; tests/test_law.py holds it to that.)
+    # default rule for drawn trees, rejection, keeps the law and not the text: tests/test_sampled_drafters.py.)
     rule = "target_sampling"
     model = model_of(family)
     inputs = prompts(batch)

@@ -411,13 +411,15 @@ def test_refused_with_what_is_missing(name: str, tmp_path: Path) -> None:
 
 
 def test_wrong_settings() -> None:
-    for settings, said in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"shape": "beam"}, "known: chain, chains, top_k, rsd_c, rsd_s"),
         ({"depth": 0}, "depth=0"),
         ({"branching": []}, "branching=0"),
         ({"branching": [2, 0]}, "branching=0"),
         ({"dtype": "float31"}, "unknown dtype 'float31'"),
-    ):
+        ({"path": tiny_llama(), "device": "cpu"}, "device='cpu' and a LlamaForCausalLM"),
+    )
+    for settings, said in wrong:
         with pytest.raises(ValueError, match=said):
             DraftModel(**settings)
     for shape, nodes in {"chain": 4, "chains": 7, "top_k": 6, "rsd_c": 7, "rsd_s": 7}.items():

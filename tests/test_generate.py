@@ -171,7 +171,7 @@ def test_bad_input_raises_as_plain_generate_does(arguments: dict[str, Any]) -> N
     [
         ({"drafter": "nonsense"}, "unknown drafter 'nonsense'; known: .*prompt_lookup, token_recycling"),
         ({"verifier": "nonsense"}, "unknown verifier 'nonsense'; known: tree_attention"),
-        ({"acceptance": "nonsense"}, "unknown acceptance 'nonsense'; known: greedy, "),
+        ({"acceptance": "nonsense"}, "unknown acceptance 'nonsense'; known: block, greedy, "),
         ({"drafter": "token_recycling", "nodes": 3}, "takes no nodes; it takes: num_successors, num_nodes"),
         ({"drafter": "prompt_lookup", "max_ngram": 0}, "min_ngram <= max_ngram"),
         ({"drafter": Oracle(), "block": 3}, r"options \['block'\] go with a drafter's name"),
