@@ -20,7 +20,8 @@ from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import top_k
 from specdec.target import Target
-from specdec.tree import PADDING, Template, TokenTree
+from specdec.templates import Template
+from specdec.tree import PADDING, TokenTree
 
 # Children by rank path of the parent, as counted from the authors' "2.2.2" tree: 80 nodes, depth 6.
 _PUBLISHED_CHILDREN = {

@@ -18,7 +18,8 @@ from transformers import DynamicCache, GenerationMixin
 from specdec.cache import TreeCache, can_branch
 from specdec.interfaces import Context
 from specdec.target import Target
-from specdec.tree import Template, TokenTree
+from specdec.templates import Template
+from specdec.tree import TokenTree
 from specdec.visibility import FULL, KNOWN_LAYER_TYPES, AttentionKinds
 
 SUPPORTED_TRANSFORMERS = ">= 5.17"

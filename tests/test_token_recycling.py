@@ -18,7 +18,8 @@ from drafters.token_recycling import TokenRecycling, published_paths, tree_paths
 from equality import tiny_llama
 from specdec.interfaces import DecodeState, History, Prefill, Verification
 from specdec.target import Target
-from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, Template, TokenTree
+from specdec.templates import Template
+from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, TokenTree
 from test_acceptance import depths_of, random_tree
 
 VOCAB, K = 7, 3

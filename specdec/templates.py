@@ -1,0 +1,108 @@
+"""Trees of a fixed shape: templates, filled anew at every step, and the best one for known acceptance rates.
+
+Shapes: N nodes, D depth of the deepest node.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.tree import Topology
+
+
+@dataclass(frozen=True)
+class Template:
+    """A static tree: which rank of which parent every node takes (Medusa's and Token Recycling's trees are such).
+
+    Attributes:
+        topology: ``parents [1, N]`` in breadth-first order.
+        ranks: rank of every node among its siblings, root 0; int64 ``[N]``.
+        levels: for each depth 1..D, its nodes' parents, counted within the level above, and their ranks.
+    """
+
+    topology: Topology
+    ranks: Tensor
+    levels: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> Template:
+        """Build from rank paths, such as ``[(0,), (1,), (0, 0)]`` (the root is implied).
+
+        Raises:
+            ValueError: a path is repeated, or names a rank whose parent or better-ranked sibling is missing.
+        """
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        index: dict[tuple[int, ...], int] = {(): 0}
+        parents = [0]
+        for path in ordered:
+            if path in index or not path:
+                raise ValueError(f"a tree names each node once; got {list(path)} {'twice' if path else '(the root)'}")
+            missing = next(
+                (p for p in (path[:-1], (*path[:-1], path[-1] - 1)) if p[-1:] != (-1,) and p not in index), None
+            )
+            if missing is not None:
+                raise ValueError(f"path {list(path)} needs {list(missing)} in the tree too; trees are closed under it")
+            index[path] = len(parents)
+            parents.append(index[path[:-1]])
+        depths = [0, *(len(path) for path in ordered)]
+        ranks = torch.tensor([0, *(path[-1] for path in ordered)], device="cpu")
+        above = torch.tensor(parents, device="cpu")
+        starts = [depths.index(d) for d in range(depths[-1] + 1)] + [len(depths)]
+        levels = tuple(
+            (above[start:stop] - before, ranks[start:stop])
+            for before, start, stop in zip(starts, starts[1:], starts[2:], strict=False)
+        )
+        return cls(Topology(above[None], depths[-1]), ranks, levels)
+
+    def to(self, device: torch.device) -> Template:
+        """The same template with its tensors on ``device``."""
+        levels = tuple((parents.to(device), ranks.to(device)) for parents, ranks in self.levels)
+        return Template(self.topology.to(device), self.ranks.to(device), levels)
+
+    @property
+    def num_nodes(self) -> int:
+        """N, the root included."""
+        return self.topology.num_nodes
+
+    @property
+    def width(self) -> int:
+        """Largest number of children of a node that the template asks for."""
+        return int(self.ranks.max()) + 1
+
+
+def best_first(
+    acceptance: Sequence[Sequence[float]], num_nodes: int, max_depth: int | None = None
+) -> list[tuple[int, ...]]:
+    """The rank paths of the tree with the most expected tokens under a node budget.
+
+    With path value = product of its edge values, the best tree is the ``num_nodes`` largest values; where edge values
+    fall with rank this equals the dynamic programme of Sequoia (arXiv:2402.12374), at the cost of a heap.
+
+    Args:
+        acceptance: edge values, ``acceptance[d][r]`` = probability that the child of rank r at depth d+1 is the one
+            accepted; the last row serves all greater depths.
+        num_nodes: nodes to choose, the root not counted.
+        max_depth: no deeper than this; None = no limit.
+    """
+    heap: list[tuple[float, tuple[int, ...]]] = []
+
+    def push(value: float, parent: tuple[int, ...], rank: int) -> None:
+        edges = acceptance[min(len(parent), len(acceptance) - 1)]
+        if rank < len(edges) and edges[rank] > 0 and (max_depth is None or len(parent) < max_depth):
+            heapq.heappush(heap, (-value * edges[rank], (*parent, rank)))
+
+    values: dict[tuple[int, ...], float] = {(): 1.0}
+    push(1.0, (), 0)
+    chosen: list[tuple[int, ...]] = []
+    while heap and len(chosen) < num_nodes:
+        negative, path = heapq.heappop(heap)
+        chosen.append(path)
+        values[path] = -negative
+        push(values[path[:-1]], path[:-1], path[-1] + 1)
+        push(-negative, path, 0)
+    return chosen
