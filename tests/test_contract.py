@@ -8,17 +8,19 @@ Shapes: B rows, N nodes of a tree, P committed tokens of a row.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_object
 from torch import Tensor
 from transformers import DynamicCache
 
 import specdec
-from specdec.build import build_drafter, choices
+from specdec.build import build_drafter, choices, load
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Drafter
 from specdec.metrics import SpeculationStats
@@ -220,3 +222,14 @@ def test_refuses_the_state_of_another(drafter: str) -> None:
     specdec.restore(specdec.speculate(model, built))
     with pytest.raises(ValueError, match="state|expected"):
         built.load_state_dict({"foreign": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_the_recipe_shows_every_option_at_its_default(drafter: str) -> None:
+    recipe = load("drafter", drafter)
+    options = inspect.signature(get_object(recipe.pop("_target_"))).parameters
+    assert recipe.keys() == options.keys()
+    for name, value in recipe.items():
+        default = options[name].default
+        if not isinstance(value, dict):  # a part of its own, held to its defaults by the drafter's tests
+            assert value == (list(default) if isinstance(default, tuple) else default), name

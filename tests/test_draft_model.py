@@ -435,3 +435,12 @@ def test_the_demo_draft_model(shape: str) -> None:
     assert output.sequences.tolist() == plain(loaded.model, inputs, max_new_tokens=48)
     assert output.speculation.mean_accepted_tokens > 1.5
     assert sum(file.stat().st_size for file in DEMO_DRAFT.iterdir()) < 6e6
+
+
+def test_the_demo_target_finds_its_draft_model() -> None:
+    weights = []
+    for drafter in (DraftModel(path="demo"), DraftModel()):
+        specdec.restore(specdec.speculate(demo_target("float32").model, drafter))
+        assert drafter.follower is not None
+        weights.append(drafter.follower.target.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))

@@ -5,7 +5,6 @@ Shapes: B rows, N nodes of a tree, T tokens of a text.
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra.utils import get_object
 
 import specdec
 from drafters.automaton import SuffixAutomaton
@@ -26,7 +24,7 @@ from drafters.prompt_lookup import PromptLookup
 from drafters.suffix_automaton import SamDecoding
 from drafters.token_recycling import TokenRecycling
 from drafters.tries import by_row, most_frequent
-from specdec.build import build_drafter, load
+from specdec.build import build_drafter
 from specdec.demo.heldout import heldout_functions
 from specdec.interfaces import DecodeState, History, Prefill
 from specdec.loading import demo_target
@@ -278,13 +276,6 @@ def test_an_auxiliary_is_given_by_name_by_config_or_built() -> None:
         build_drafter("suffix_automaton", auxiliary="tokn")
     with pytest.raises(ValueError, match="expected a drafter"):
         SamDecoding(auxiliary=3)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["aggressive", "lookahead", "rest", "suffix_automaton"])
-def test_recipes_show_the_defaults(name: str) -> None:
-    recipe = load("drafter", name)
-    made = get_object(recipe.pop("_target_"))
-    assert recipe == {key: parameter.default for key, parameter in inspect.signature(made).parameters.items()}
 
 
 @pytest.mark.parametrize(
