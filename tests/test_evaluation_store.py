@@ -77,15 +77,18 @@ def test_shards_have_files_of_their_own(tmp_path: Path) -> None:
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.claim(None, {"limit": 1}, overwrite=False)
+    one, two = ({"measured": ["none"], "limit": limit} for limit in (1, 2))
+    folder.claim(None, one, overwrite=False)
     add(folder, NONE, 1)
-    folder.claim({"limit": 1}, {"limit": 1}, overwrite=False)
+    folder.claim(one, one, overwrite=False)
     with pytest.raises(ValueError, match=r"another run \(limit: 1 -> 2\); use overwrite=true"):
-        folder.claim({"limit": 1}, {"limit": 2}, overwrite=False)
+        folder.claim(one, two, overwrite=False)
     with pytest.raises(ValueError, match="results without their config.yaml"):
-        folder.claim(None, {"limit": 1}, overwrite=False)
+        folder.claim(None, one, overwrite=False)
+    with pytest.raises(ValueError, match="config.yaml is not a run's"):
+        folder.claim({"some": "project"}, one, overwrite=True)
     (tmp_path / "mine.txt").write_text("kept")
-    folder.claim({"limit": 1}, {"limit": 2}, overwrite=True)
+    folder.claim(one, two, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"], "only what a run wrote is dropped"
 
 

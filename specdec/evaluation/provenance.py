@@ -31,9 +31,7 @@ def provenance(
         shard: ``i/n``, None for all.
         overrides: what was set on the command line.
     """
-    import specdec
-
-    versions = {"python": platform.python_version(), "specdec": specdec.__version__}
+    versions = {"python": platform.python_version(), "specdec": _version("specdec-hf") or "not installed: a checkout"}
     versions |= {name: version for name in _PACKAGES if (version := _version(name)) is not None}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -41,7 +39,7 @@ def provenance(
         "command": " ".join(command),
         "overrides": list(overrides),
         "config": dict(config),
-        "git": git_state(Path(specdec.__file__).resolve().parent),
+        "git": git_state(Path(__file__).resolve().parent),
         "versions": versions,
         "target": loaded.name,
         "device": device_name(loaded.model.device),

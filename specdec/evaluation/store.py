@@ -61,6 +61,8 @@ class RunFolder:
         Raises:
             ValueError: it holds another run's results.
         """
+        if before is not None and "measured" not in before:
+            raise ValueError(f"{self.path / CONFIG} is not a run's; use another output=FOLDER")
         if overwrite:
             if self.suffix:
                 raise ValueError("overwrite=true with shard=... would drop the other shards; clear the folder first")

@@ -81,7 +81,7 @@ def best(summary: Summary, metric: str, drafter: str) -> float | None:
     value = getattr((warm or rows)[0], metric, "")
     if value is not None and not isinstance(value, int | float):
         raise ValueError(f"expected metric to be a number of the summary, such as speedup_vs_plain; got {metric!r}")
-    return value
+    return None if value is None else float(value)
 
 
 def join(folder: Path) -> Summary:
