@@ -34,7 +34,11 @@ def available() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 an audit that failed or an override that Hydra refuses, 2 other bad input."""
+    """Entry point.
+
+    Exit codes: 0 done; 1 an audit or a question that failed, or an override that Hydra refuses; 2 other bad input;
+    130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The bar over weights being read is longer than the reading for the models this shows most.
     disable_progress_bar()
     sys.argv = [f"specdec {command}", *map(_override, overrides)]
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(module.run, console))()
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(module.run))()
 
 
 def _override(argument: str) -> str:
@@ -85,14 +89,15 @@ def _gather(arguments: Sequence[str], key: str | None) -> list[str]:
     return [*others, f"{key}=[{','.join(map(_quoted, found))}]"] if found else others
 
 
-def _guarded(run: Callable[[DictConfig], Any], console: Console) -> Callable[[DictConfig], Any]:
+def _guarded(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Show what a user got wrong as one line, and bugs as a traceback."""
 
     def task(config: DictConfig) -> Any:
         try:
             result = run(config)
         except _USER_ERRORS as error:
-            console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+            # Made here: launchers send this function to other processes, which a console cannot travel to.
+            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
             sys.exit(2)
         if isinstance(result, int) and result:
             sys.exit(result)

@@ -82,6 +82,7 @@ class Case:
     nodes: int = NODES
     pass_seconds: float = 0.006
     overrides: Sequence[str] = ()
+    max_new_tokens: int = TOKENS
 
 
 def make_run(folder: Path, styles: Sequence[Style] = (*DRAFTERS, TRANSFORMERS), case: Case | None = None) -> Path:
@@ -111,7 +112,7 @@ def make_sweep(folder: Path, nodes: Sequence[int] = (5, 9, 25)) -> Path:
     """A multirun of one drafter over tree sizes: a job folder each, and the joined summary."""
     joined = []
     for job, count in enumerate(nodes):
-        overrides = ["drafter=token_recycling", f"drafter.num_nodes={count}"]
+        overrides = ["drafter=token_recycling", f"++drafter.num_nodes={count}"]
         case = Case(nodes=count, pass_seconds=0.006 * (1 + count / 60), overrides=overrides)
         grown = Style("token_recycling", min(0.4 + count / 60, 0.8), 5, 0.0004, stateful=True)
         child = make_run(folder / str(job), (grown,), case)
@@ -269,5 +270,5 @@ def _provenance(case: Case) -> dict[str, object]:
         "target": case.target, "dtype": case.dtype, "device": "cpu", "threads": 2, "seed": 0,
         "git": {"sha": "0" * 40, "dirty": False},
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "config": {"target": {"_target_": "specdec.loading.load"}, "max_new_tokens": TOKENS},
+        "config": {"target": {"_target_": "specdec.loading.load"}, "max_new_tokens": case.max_new_tokens},
     }  # fmt: skip

@@ -178,6 +178,25 @@ def test_mixed_targets_are_said_and_kept_apart(tmp_path: Path, small: Path) -> N
     assert all(method.run.target == setting.target for setting in figures.settings for method in figures.of(setting))
 
 
+def test_different_questions_are_said_and_kept_apart(tmp_path: Path, small: Path) -> None:
+    other = make_run(tmp_path / "other", (), Case(max_new_tokens=7))
+    write_report([small, other], tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "different workloads (max new tokens)" in page
+    figures = Figures(find_runs([small, other]))
+    assert [setting.label(figures.settings) for setting in figures.settings] == [
+        "max new tokens 40",
+        "max new tokens 7",
+    ]
+
+
+def test_folders_name_variants_where_overrides_do_not(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, DRAFTERS[1:2]) for name in ("monday", "friday")]
+    figures = Figures(find_runs(folders))
+    names = {method.name for method in figures.methods if method.kind == "drafter"}
+    assert names == {"prompt_lookup [monday]", "prompt_lookup [friday]"}
+
+
 def test_one_target_is_not_called_mixed(page: str) -> None:
     assert "do not measure the same thing" not in page
 

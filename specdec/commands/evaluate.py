@@ -45,7 +45,7 @@ def run(config: DictConfig) -> float | int | None:
     with told_when_full(folder.path):
         replace_text(folder.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
         write_lines(folder.path / QUESTIONS / f"questions{folder.suffix}.jsonl", questions)
-    said = provenance(session.loaded, sys.argv, resolved, config.shard, _overrides())
+    said = provenance(session.loaded, _command(), resolved, config.shard, _overrides())
     said |= {"left_out": contenders.left_out, "questions": len(questions)}
     interrupted = False
     with Progress(console) as progress:
@@ -60,7 +60,7 @@ def run(config: DictConfig) -> float | int | None:
     show(summary)
     _say_where(console, folder.path, interrupted, runner.failures)
     metric = best(summary, config.metric, contenders.first)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if _in_sweep():
         if interrupted:
             raise KeyboardInterrupt
         return metric
@@ -119,6 +119,15 @@ def _folder(config: DictConfig) -> Path:
 
 def _choice(group: str, otherwise: str) -> str:
     return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else otherwise
+
+
+def _command() -> list[str]:
+    """As typed; of a job, which may run in a process of a launcher, what its sweep came to."""
+    return ["specdec", "evaluate", *_overrides()] if _in_sweep() else sys.argv
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _overrides() -> list[str]:

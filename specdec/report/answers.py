@@ -99,7 +99,7 @@ class _Binder:
 
     def _method(self, run: Run, answer: Answer) -> int:
         variant = answer.variant
-        setting = Setting(run.target, run.dtype, run.device, variant.temperature, variant.batch_size)
+        setting = Setting(run.target, run.dtype, run.device, variant.temperature, variant.batch_size, run.workload)
         known = self._labels.get((id(run), variant.method, variant.kind, setting))
         # What is no drafter of ours is the same in all jobs of a multirun: one entry.
         job = str(run.folder) if variant.kind == "drafter" else ""

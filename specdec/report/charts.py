@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -332,7 +333,7 @@ def _marker(lines: Sequence[Line], line: Line) -> str:
 
 def _scale(axes: Axes, kind: str, lines: Sequence[Line], theme: Theme) -> None:
     xs = sorted({x for line in lines for x, _ in line.points})
-    if len(xs) <= 10:
+    if len(xs) <= 10 and all(b - a >= 0.06 * (xs[-1] - xs[0]) for a, b in pairwise(xs)):
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specdec.evaluation.records import COLD, STATELESS, WARM, SummaryRow
 from specdec.report.charts import PARTS, Bar, Histogram, Line, Panel, Split
 from specdec.report.runs import Run
 
 OVERALL, ALL_ROWS, NON_LOOPING = "overall", "all", "non_looping"
-_NO_VARIANT = ("drafter=", "output=", "shard=")  # overrides that say nothing about a method
+_PARTS = ("drafter.", "acceptance", "verifier", "tree")  # overrides that say what a method is
+_LONGEST_VARIANT = 40
 _KIND_NAMES = {
     "plain": "plain",
     "transformers": "transformers generate",
@@ -29,6 +30,7 @@ class Setting:
     device: str
     temperature: float
     batch_size: int
+    workload: tuple[tuple[str, str], ...] = ()
 
     def label(self, among: Sequence[Setting]) -> str:
         """Its name, of the parts in which the settings differ."""
@@ -40,6 +42,8 @@ class Setting:
             ("batch_size", f"batch {self.batch_size}"),
         ]
         varying = [text for name, text in parts if len({getattr(other, name) for other in among}) > 1]
+        own = dict(self.workload)
+        varying += [f"{key.replace('_', ' ')} {own.get(key)}" for key in differing(s.workload for s in among)]
         return ", ".join(varying or [parts[3][1], parts[4][1]])
 
 
@@ -115,10 +119,10 @@ class Figures:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.methods = _methods(self.runs)
-        measured = [(run.target, run.dtype, run.device) for run in self.runs]
+        measured = [(run.target, run.dtype, run.device, run.workload) for run in self.runs]
         self.settings = sorted(
             {method.setting for method in self.methods},
-            key=lambda s: (measured.index((s.target, s.dtype, s.device)), s.temperature, s.batch_size),
+            key=lambda s: (measured.index((s.target, s.dtype, s.device, s.workload)), s.temperature, s.batch_size),
         )
         self.drafters = sorted({method.drafter for method in self.methods if method.kind == "drafter"})
         self.colors = {name: index for index, name in enumerate(self.drafters)}
@@ -229,8 +233,15 @@ def task_name(task: str) -> str:
     return task.replace("_", " ")
 
 
-def _but_batch(setting: Setting) -> tuple[str, str, str, float]:
-    return setting.target, setting.dtype, setting.device, setting.temperature
+def differing(workloads: Iterable[tuple[tuple[str, str], ...]]) -> list[str]:
+    """Names of what several workloads do not share."""
+    distinct = [dict(workload) for workload in dict.fromkeys(workloads)]
+    names = _unique(name for workload in distinct for name in workload)
+    return [name for name in names if len({workload.get(name) for workload in distinct}) > 1]
+
+
+def _but_batch(setting: Setting) -> Setting:
+    return replace(setting, batch_size=1)
 
 
 def _unique(items: Iterable[str]) -> list[str]:
@@ -242,14 +253,14 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
     grouped: dict[tuple[Setting, str, str], dict[tuple[int, str | None], list[SummaryRow]]] = {}
     for index, run in enumerate(runs):
         for row in run.summary.rows:
-            setting = Setting(run.target, run.dtype, run.device, row.temperature, row.batch_size)
+            setting = Setting(run.target, run.dtype, run.device, row.temperature, row.batch_size, run.workload)
             jobs = grouped.setdefault((setting, row.drafter, row.method_kind), {})
             jobs.setdefault((index, row.job), []).append(row)
     methods = []
     for (setting, name, kind), jobs in grouped.items():
         chosen = list(jobs)[:1] if kind != "drafter" else list(jobs)
         variants = _variant_names(
-            [jobs[job][0].overrides or runs[job[0]].overrides for job in chosen],
+            [runs[job[0]].overrides or jobs[job][0].overrides or [] for job in chosen],
             [job[1] or runs[job[0]].folder.name for job in chosen],
         )
         methods += [
@@ -266,6 +277,7 @@ def _variant_names(overrides: Sequence[Sequence[str]], folders: Sequence[str]) -
     common = set.intersection(*map(set, overrides))
     names = []
     for texts in overrides:
-        own = [text.partition("=") for text in texts if text not in common and not text.startswith(_NO_VARIANT)]
+        own = [text.partition("=") for text in texts if text not in common and text.startswith(_PARTS)]
         names.append(" ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in own))
-    return names if len(set(names)) == len(names) else [f"[{folder}]" for folder in folders]
+    fit = len(set(names)) == len(names) and max(map(len, names)) <= _LONGEST_VARIANT
+    return names if fit else [f"[{folder}]" for folder in folders]

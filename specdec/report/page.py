@@ -15,7 +15,7 @@ from markupsafe import Markup
 from specdec.evaluation.records import SummaryRow, replace_text
 from specdec.report.answers import Book, collect
 from specdec.report.drawing import Pictures
-from specdec.report.figures import ALL_ROWS, NON_LOOPING, OVERALL, Figures, Method, Setting, task_name
+from specdec.report.figures import ALL_ROWS, NON_LOOPING, OVERALL, Figures, Method, Setting, differing, task_name
 from specdec.report.runs import Run, find_runs
 from specdec.report.theme import css_variables
 
@@ -116,7 +116,9 @@ def _mixed(figures: Figures) -> list[str]:
     """What the runs do not share, in words; speeds then cannot be compared across settings."""
     shared = (("target", "targets"), ("dtype", "dtypes"), ("device", "devices"))
     found = [(plural, _unique(figures.runs, attribute)) for attribute, plural in shared]
-    return [f"different {plural} ({', '.join(values)})" for plural, values in found if len(values) > 1]
+    mixed = [f"different {plural} ({', '.join(values)})" for plural, values in found if len(values) > 1]
+    asked = differing(run.workload for run in figures.runs)
+    return mixed + ([f"different workloads ({', '.join(asked).replace('_', ' ')})"] if asked else [])
 
 
 def _section(figures: Figures, setting: Setting, pictures: Pictures) -> dict[str, Any]:

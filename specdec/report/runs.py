@@ -10,6 +10,10 @@ from typing import Any
 
 from specdec.evaluation.records import ANSWERS, SUMMARY, Summary, read_summary
 
+_ASKED = (
+    "data", "categories", "per_category", "limit", "sample", "chat", "max_new_tokens", "top_k", "top_p",
+)  # fmt: skip
+
 
 @dataclass
 class Run:
@@ -45,13 +49,23 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """``key=value`` as given on the command line."""
-        return [str(text) for text in self.provenance.get("overrides") or []]
+        """``key=value`` as given on the command line, without Hydra's plus signs."""
+        return [str(text).lstrip("+") for text in self.provenance.get("overrides") or []]
 
     @property
     def left_out(self) -> dict[str, str]:
         """Method -> why it was not measured."""
         return dict(self.provenance.get("left_out") or {})
+
+    @property
+    def workload(self) -> tuple[tuple[str, str], ...]:
+        """What was asked, and with how many threads: (name, value) pairs that must agree for speeds to be compared."""
+        config = self.provenance.get("config")
+        asked = {key: config[key] for key in _ASKED if key in config} if isinstance(config, dict) else {}
+        if isinstance(config, dict) and config.get("sample"):
+            asked["seed"] = config.get("seed")
+        asked["threads"] = self.provenance.get("threads")
+        return tuple((key, json.dumps(value, default=str)) for key, value in asked.items())
 
     def drafter_of(self, method: str) -> str:
         """Name of the drafter behind a method, whose label in the configuration may be another."""
