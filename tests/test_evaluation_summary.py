@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from specdec.evaluation import records, summary, tables
 from specdec.evaluation.records import Answer, Choice, StepTrace, Summary, SummaryRow, Variant
@@ -234,7 +236,7 @@ def test_the_metric_of_a_sweep(tmp_path: Path) -> None:
         summary.best(made, "seconds", "ours")
 
 
-def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for identity, loops in ((1, False), (2, True)):
         write(tmp_path, PLAIN, identity, choice([1.0], [[1]], looping=loops), category="qa" if loops else "rag")
         lossy = Variant("risky", "drafter", "cold", lossless=False)
@@ -256,3 +258,10 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "risky (cold) lossy" in shown
     assert "2.00 (1.33)" in shown
+    terminal = Console(file=io.StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr(tables, "Console", lambda: terminal)
+    tables.show(made)
+    narrow = Text.from_ansi(terminal.file.getvalue()).plain  # type: ignore[attr-defined]
+    assert "(1.33)" in narrow
+    assert "2/0/0" in narrow
+    assert max(map(len, narrow.splitlines())) <= 80

@@ -30,6 +30,7 @@ COLUMNS = {
     "draft_share": "drafting time",
 }
 LOSSY = "**lossy**"
+WIDE = 130  # columns that the whole table needs
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
@@ -71,14 +72,27 @@ def show(summary: Summary) -> None:
     if not console.is_terminal:  # a file or a pipe has no width that lines would have to be broken for
         console = Console(width=160)
     for title, rows in _tables(summary):
-        head, body = overall(rows)
+        head, body = overall(rows) if console.width >= WIDE else _narrow(*overall(rows))
         table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, name in enumerate(head):
-            table.add_column(name, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
         for cells in body:
             table.add_row(*(escape(cell).replace(LOSSY, "[bold red]lossy[/bold red]") for cell in cells))
         console.print(table)
         console.print(note(rows), highlight=False)
+
+
+def _narrow(head: Sequence[str], body: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same for 80 columns: brackets on a line of their own, verdicts in one column, no drafting time."""
+    short = ["method", "accepted", "tok/s", "vs\nplain", "vs\ntransf.", "same/\ntie/bug", "texts", "failed"]
+    kept = [0, 1, 2, 3, 4, None, 9, 10]
+    assert [head[index] for index in (0, 9, 10)] == ["method", "texts", "failed"]
+    lines = []
+    for cells in body:
+        verdicts = "/".join(cells[6:9]) if cells[6] else ""
+        lines.append([verdicts if index is None else cells[index] for index in kept])
+        lines[-1][1:5] = [cell.replace(" (", "\n(") for cell in lines[-1][1:5]]
+    return short, lines
 
 
 def overall(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
