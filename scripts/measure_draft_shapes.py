@@ -3,8 +3,8 @@
     python scripts/measure_draft_shapes.py --gsm8k PATH [--rows 40] [--seeds 2] [--output results.json]
 
 Chains drawn independently and merged (i.i.d.) against RSD-C and RSD-S, which draw without replacement. All are judged
-by recursive rejection on held-out prompts of the demo target with its draft model; all propose as many node slots on as
-many levels. Counts only: nothing here depends on the machine's speed.
+by recursive rejection on held-out prompts of the demo target with its draft model, and none has more node slots or
+levels than another of its budget. Counts only: nothing here depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ from specdec.metrics import SpeculationStats
 NEW_TOKENS = 96
 DEPTH = 4
 BATCH = 10
-# Budget in nodes -> name -> options of the drafter.
+# Budget in node slots -> name -> options of the drafter. No RSD-C of 4 levels has 24 nodes and narrows steadily.
 METHODS: dict[int, dict[str, dict[str, Any]]] = {
-    width * DEPTH: {
-        f"i.i.d., {width} chains": {"shape": "chains", "width": width},
-        f"RSD-C, {width} then 1": {"shape": "rsd_c", "branching": [width, *[1] * (DEPTH - 1)]},
-        f"RSD-S, width {width}": {"shape": "rsd_s", "width": width},
-    }
-    for width in (3, 6)
+    12: {
+        "i.i.d., 3 chains": {"shape": "chains", "width": 3},
+        "RSD-C, 3-1-1-1": {"shape": "rsd_c", "branching": [3, 1, 1, 1]},
+        "RSD-S, width 3": {"shape": "rsd_s", "width": 3},
+    },
+    24: {
+        "i.i.d., 6 chains": {"shape": "chains", "width": 6},
+        "RSD-C, 6-1-1-1": {"shape": "rsd_c", "branching": [6, 1, 1, 1]},
+        "RSD-C, 3-2-1-1 (21 nodes)": {"shape": "rsd_c", "branching": [3, 2, 1, 1]},
+        "RSD-C, 2-2-2-1 (22 nodes)": {"shape": "rsd_c", "branching": [2, 2, 2, 1]},
+        "RSD-S, width 6": {"shape": "rsd_s", "width": 6},
+    },
 }
 console = Console()
 
