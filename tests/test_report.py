@@ -92,6 +92,16 @@ def test_bars_show_the_records(run: Path) -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_looping_rows_never_stand_in_for_others(run: Path) -> None:
+    figures = Figures(find_runs([run]))
+    setting = figures.settings[0]
+    task = figures.tasks(setting)[0]
+    assert figures.bars(setting, task)
+    for method in figures.methods:
+        method.rows = [row for row in method.rows if row.task != task or row.subset == "all"]
+    assert figures.bars(setting, task) == []
+
+
 def test_the_table_counts_losslessness(run: Path, page: str) -> None:
     """Near-ties and bugs of the records stand in the table; a failed question is no row."""
     wanted = ("overall", "all", 1)

@@ -97,11 +97,14 @@ class Method:
         return name if self.lossless else f"{name} (lossy)"
 
     def row(self, task: str = OVERALL, subset: str | None = None, state: str | None = None) -> SummaryRow | None:
-        """The figures of a task; by default of the rows that do not loop, and with what was learnt kept."""
-        subsets = (subset,) if subset else (NON_LOOPING, ALL_ROWS)
+        """The figures of a task; by default of the rows that do not loop, and with what was learnt kept.
+
+        None where there are no such rows: figures of looping rows never stand in for them.
+        """
         states = (state,) if state else (WARM, STATELESS, COLD)
-        found = {(row.subset, row.state): row for row in self.rows if row.task == task and row.rows}
-        return next((found[key] for s in subsets for key in ((s, t) for t in states) if key in found), None)
+        wanted = subset or NON_LOOPING
+        found = {row.state: row for row in self.rows if row.task == task and row.subset == wanted and row.rows}
+        return next((found[state] for state in states if state in found), None)
 
     def speedup(self, task: str = OVERALL, subset: str | None = None, state: str | None = None) -> float | None:
         """Speed-up against plain decoding of ``row(...)``."""
@@ -154,7 +157,7 @@ class Figures:
             row = method.row(task)
             if row is None or row.speedup_vs_plain is None:
                 continue
-            all_rows = method.speedup(task, ALL_ROWS) if row.subset == NON_LOOPING else None
+            all_rows = method.speedup(task, ALL_ROWS)
             cold = method.speedup(task, row.subset, COLD) if row.state == WARM else None
             tokens = row.mean_accepted_tokens
             note = f"{tokens:.2f} tokens per pass" if tokens is not None else ""
