@@ -221,7 +221,7 @@ class TokenTree:
         assert bool((self.token_ids >= 0).all()), "absence is a role, never a token id"
         assert parents.shape[0] in (1, self.batch_size), "one shape for all rows, or one per row"
         # A builder that ranks on the device knows only how deep it has looked.
-        assert self.topology.max_depth >= _longest_walk(parents), "the builder knows how deep its nodes may lie"
+        assert self.topology.max_depth >= _longest_walk(parents), "no node is deeper than the depth its builder knows"
         candidate = self.candidates
         alive = torch.ones_like(self.token_ids, dtype=torch.bool) if candidate is None else candidate
         same = (self.parents[:, :, None] == self.parents[:, None]) & (

@@ -21,13 +21,13 @@ import specdec
 from drafters.draft_model import DEMO_DRAFT, SHAPES, DraftModel
 from drafters.follower import Follower
 from equality import tiny_llama
-from law import Context, Law, joint
 from specdec.build import build_drafter
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState
 from specdec.loading import demo_target
 from specdec.target import PassOutput, Target
 from specdec.tree import WITH_REPLACEMENT, WITHOUT_REPLACEMENT, TokenTree
+from test_law import p_value, sample, toy_model
 from zoo import PAD, REFUSED, VOCAB, build
 from zoo import prompts as random_prompts
 
@@ -257,50 +257,10 @@ def test_the_drafts_come_from_the_requests_generator_alone() -> None:
     assert texts[0] == texts[1]
 
 
-# Through the real generate: every row of a big batch is one sample of a short text.
-TOY, TOP_K, TEMPERATURE, SAMPLES, WORD = 6, 3, 0.9, 2500, 3
-PROMPT = [2, 3, 5, 2, 3]
-
-
-@cache
-def toy() -> Any:
-    return tiny_llama(vocab_size=TOY, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, pad_token_id=0)
-
-
-@cache
-def toy_joint() -> Law:
-    @cache
-    def p(context: Context) -> list[float]:
-        with torch.no_grad():
-            logits = toy()(input_ids=torch.tensor([PROMPT + list(context)])).logits[0, -1].double() / TEMPERATURE
-        return logits.masked_fill(logits < logits.topk(TOP_K).values[-1], -math.inf).softmax(-1).tolist()
-
-    return joint(p, WORD, TOY)
-
-
-def p_value(text: Tensor) -> float:
-    """Chi-square against the exact joint, cells with fewer than 5 expected pooled."""
-    law, seen = toy_joint(), dict[Context, int]()
-    for row in map(tuple, text.tolist()):
-        seen[row] = seen.get(row, 0) + 1
-    assert all(law[word] > 0 for word in seen), "outside the top k"
-    cells = [(law[word] * len(text), seen.get(word, 0)) for word in law]
-    large = [cell for cell in cells if cell[0] >= 5]
-    small = [cell for cell in cells if 0 < cell[0] < 5]
-    large += [(sum(e for e, _ in small), sum(s for _, s in small))] if small else []
-    statistic = sum((count - expected) ** 2 / expected for expected, count in large)
-    return float(torch.special.gammaincc(torch.tensor((len(large) - 1) / 2), torch.tensor(statistic / 2)))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sampled_text_follows_the_targets_law(shape: str) -> None:
-    drafter = DraftModel(noisy(toy(), 0.2), shape, depth=2, width=2, num_nodes=3, branching=[2, 1])
-    model = toy()
-    prompt = {"input_ids": torch.tensor([PROMPT]), "attention_mask": torch.ones(1, len(PROMPT), dtype=torch.int64)}
-    settings = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K, "num_return_sequences": SAMPLES}
-    output = generate(model, drafter, prompt, max_new_tokens=WORD, **settings)
-    assert output.speculation.mean_accepted_tokens > 1.2, "something is accepted"
-    assert p_value(output.sequences[:, len(PROMPT) :]) > 1e-4
+    drafter = DraftModel(noisy(toy_model(), 0.2), shape, depth=2, width=2, num_nodes=3, branching=[2, 1])
+    assert p_value(sample(drafter, None)) > 1e-4
 
 
 def test_prompts_without_ids_are_decoded_plainly() -> None:
