@@ -157,18 +157,21 @@ class DraftModel(BaseDrafter):
         return tree
 
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002
-        """Keep the K/V of the accepted nodes that were run."""
-        if self._step is None:
-            return
-        growth, grown = self._step
+        """Keep the K/V of the accepted nodes that were run.
+
+        In rows that it was not asked for another drafter may have numbered the nodes; it reads them later.
+        """
+        step, self._step = self._step, None
+        if step is None or self.name not in tree.sources:
+            return  # what another drafter proposed is read as text
+        growth, grown = step
         # Waits for nothing: the verification has been read off the device, and this was computed before it.
         run = grown.run.expand(tree.batch_size, -1).tolist()
         accepted = [
-            [number for number in (run[row][node] for node in path[1:]) if number > 0]
-            for row, path in enumerate(verification.path)
+            [] if quiet else [number for number in (row[node] for node in path[1:]) if number > 0]
+            for row, path, quiet in zip(run, verification.path, growth.quiet, strict=True)
         ]
         growth.keep(accepted, verification.finished)
-        self._step = None
 
     def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the protocol's signature
         """Let go of the request."""

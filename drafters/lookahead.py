@@ -30,6 +30,7 @@ import torch
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import argmax
+from specdec.target import Target
 from specdec.tree import FEED_ONLY, TokenTree, pad_rows
 
 Ngram = tuple[int, ...]
@@ -63,6 +64,10 @@ class NgramPool:
     def clear(self) -> None:
         """Forget all."""
         self._entries.clear()
+
+    def largest_token(self) -> int:
+        """Of all N-grams; -1 where there is none."""
+        return max((max(first, *map(max, known)) for first, known in self._entries.items()), default=-1)
 
     def as_tensor(self) -> torch.Tensor:
         """int64 ``[M, N]``, in an order that ``add`` restores the pool from."""
@@ -118,6 +123,7 @@ class Lookahead(BaseDrafter):
         self.pool_from_prompt, self.pool_from_output = pool_from_prompt, pool_from_output
         self.pool = NgramPool(ngram, candidates)
         self.needs = Needs(max_nodes=1 + self.levels * (window + candidates))
+        self._vocab_size: int | None = None
         self._parents = self._window_parents()
         self._windows = np.empty((0, self.levels, window), dtype=np.int64)  # [B, N-1, W]
         self._age: list[int] = []  # steps each row's window has run
@@ -129,6 +135,16 @@ class Lookahead(BaseDrafter):
         """Parents of the window's nodes, level by level, counted from (0, 0); -1 is the root."""
         nodes = np.arange(self.levels * self.window)
         return np.where(nodes < self.window, nodes - 1, nodes - self.window)
+
+    def fit(self, target: Target) -> str | None:
+        """Any target whose vocabulary holds the pool's tokens."""
+        self._vocab_size = target.vocab_size
+        return self._beyond_vocabulary(self.pool.largest_token())
+
+    def _beyond_vocabulary(self, largest: int) -> str | None:
+        if self._vocab_size is None or largest < self._vocab_size:
+            return None
+        return f"N-grams of tokens below {self._vocab_size}, the target's vocabulary, got token {largest}"
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:  # noqa: ARG002 - the text is in the state
         """Fill the windows with random tokens of each row's text, and the pool with its N-grams."""
@@ -216,11 +232,17 @@ class Lookahead(BaseDrafter):
         """Take over a saved pool in place of this one.
 
         Raises:
-            ValueError: it holds N-grams of another size.
+            ValueError: it holds N-grams of another size, no integers, or tokens beyond the target's vocabulary.
         """
         ngrams = saved.get("ngrams")
-        if ngrams is None or ngrams.ndim != 2 or ngrams.shape[1] != self.pool.size:
-            got = None if ngrams is None else tuple(ngrams.shape)
-            raise ValueError(f"expected ngrams of shape (any, {self.pool.size}), got {got}")
+        fits = isinstance(ngrams, torch.Tensor) and ngrams.ndim == 2 and ngrams.shape[1] == self.pool.size
+        if not isinstance(ngrams, torch.Tensor) or not fits or ngrams.dtype != torch.int64:
+            got = f"{tuple(ngrams.shape)}, {ngrams.dtype}" if isinstance(ngrams, torch.Tensor) else repr(ngrams)
+            raise ValueError(f"expected ngrams of shape (any, {self.pool.size}), torch.int64; got {got}")
+        smallest, largest = (int(ngrams.min()), int(ngrams.max())) if len(ngrams) else (0, -1)
+        if smallest < 0:
+            raise ValueError(f"expected N-grams of token ids from 0 on, got {smallest}")
+        if reason := self._beyond_vocabulary(largest):
+            raise ValueError(f"expected {reason}")
         self.pool.clear()
         self.pool.add(map(tuple, ngrams.tolist()))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,12 +220,15 @@ class SkipSearch:
     def _dimensions(self) -> int:
         return 2 * max(self.num_layers - 2, 0)
 
-    def require(self) -> None:
-        """Raise ImportError where the search will need a library that is not installed."""
+    def settle(self) -> None:
+        """Do without Bayesian optimisation, and warn of it once, where its library is not installed."""
         if self.bayesian_interval and importlib.util.find_spec("bayes_opt") is None:
-            raise ImportError(
-                "the search for a skip set needs the package bayesian-optimization: pip install 'specdec-hf[swift]'; "
-                "or leave it out with search.bayesian_interval=0 (random candidates only) or search=null (no search)"
+            self.bayesian_interval = 0
+            warnings.warn(
+                "the search for a skip set has random candidates only: the package bayesian-optimization is missing "
+                "(pip install 'specdec-hf[swift]'; search.bayesian_interval=0 or search=false asks for none)",
+                UserWarning,
+                stacklevel=2,
             )
 
     def rebase(self, score: float) -> None:
@@ -293,11 +297,21 @@ class SkipSearch:
             "generator": self._generator.get_state(),
         }
 
-    @staticmethod
-    def check_state(saved: Mapping[str, Any]) -> None:
-        """Raise ValueError where this is no saved search."""
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError where this is no saved search, or one over other layers than those it is bound to."""
         if set(saved) != set(_STATE):
             raise ValueError(f"expected the state of a search ({', '.join(_STATE)}), got {sorted(saved)}")
+        best = SkipSet.of(saved["attention"], saved["mlp"])
+        _check_values(saved)
+        if not self.num_layers:
+            return
+        if saved["points"].shape[1] != self._dimensions:
+            raise ValueError(
+                f"expected the state of a search over {self._dimensions} sub-layers ({self.num_layers} layers), got "
+                f"one over {saved['points'].shape[1]}"
+            )
+        if best.last >= self.num_layers:
+            raise ValueError(f"expected a set of layers 0 to {self.num_layers - 1}, got one that names {best.last}")
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved search.
@@ -306,13 +320,30 @@ class SkipSearch:
             ValueError: it is none, or belongs to a model of another depth.
         """
         self.check_state(saved)
-        points: Tensor = saved["points"]
-        if points.shape[1] != self._dimensions:
-            raise ValueError(
-                f"expected the state of a search over {self._dimensions} sub-layers ({self.num_layers} layers), got "
-                f"one over {points.shape[1]}"
-            )
         self.best = SkipSet.of(saved["attention"], saved["mlp"])
         self.best_score, self.iteration, self.tolerance = saved["best_score"], saved["iteration"], saved["tolerance"]
-        self._points, self._scores = list(points.numpy().copy()), saved["scores"].tolist()
+        self._points, self._scores = list(saved["points"].numpy().copy()), saved["scores"].tolist()
         self._generator.set_state(saved["generator"])
+
+
+def _check_values(saved: Mapping[str, Any]) -> None:
+    """Raise ValueError where an entry of a saved search is of another type or size than ``state_dict`` writes."""
+    for name in ("iteration", "tolerance"):
+        if type(saved[name]) is not int or saved[name] < 0:
+            raise ValueError(f"{name}: expected a whole number from 0 on, got {saved[name]!r}")
+    if not isinstance(saved["best_score"], int | float):
+        raise ValueError(f"best_score: expected a number, got {saved['best_score']!r}")
+    for name, dimensions in (("points", 2), ("scores", 1)):
+        held = saved[name]
+        if not isinstance(held, Tensor) or held.ndim != dimensions or held.dtype != torch.float64:
+            raise ValueError(f"{name}: expected {dimensions} dimensions of torch.float64, got {_kind(held)}")
+    if len(saved["points"]) != len(saved["scores"]):
+        raise ValueError(f"expected a score per point, got {len(saved['points'])} and {len(saved['scores'])}")
+    try:
+        torch.Generator("cpu").set_state(saved["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"generator: expected the state of one, got {_kind(saved['generator'])}") from error
+
+
+def _kind(held: Any) -> str:
+    return f"{tuple(held.shape)}, {held.dtype}" if isinstance(held, Tensor) else repr(held)

@@ -17,7 +17,7 @@ from typing import Any
 
 from drafters.automaton import SuffixAutomaton
 from drafters.datastore import Datastore
-from drafters.tries import Nodes, by_row, chain_nodes, most_frequent
+from drafters.tries import Nodes, by_row, can_share, chain_nodes, most_frequent
 from specdec.interfaces import DecodeState, Drafter, Needs, Prefill, Verification
 from specdec.target import Target
 from specdec.tree import TokenTree, pad_rows
@@ -35,7 +35,8 @@ class SamDecoding:
         max_static_match: longest suffix looked up in the corpus.
         static_bias: tokens by which a match in the corpus must be longer than one in the text (published: 5).
         auxiliary: drafter of the rows whose match is shorter than ``auxiliary_below`` tokens (published: 5), given by
-            its name in a config. It must be one that can learn from trees it has not proposed.
+            its name in a config. It must be one that can learn from trees it has not proposed. Where its trees cannot
+            share a pass with others (sampled, or begun inside the target), it takes all rows as soon as one is its.
         auxiliary_below: has no effect without an auxiliary drafter.
 
     Raises:
@@ -68,6 +69,7 @@ class SamDecoding:
         self.corpus = None if path is None else Datastore.open(path)
         self.needs = self._needs()
         self._rows: list[SuffixAutomaton] = []
+        self._together = False  # the auxiliary drafter's trees are for all rows of this request
 
     def fit(self, target: Target) -> str | None:
         """Whether the corpus has the target's vocabulary, and what the auxiliary drafter says."""
@@ -84,6 +86,7 @@ class SamDecoding:
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """Begin one automaton per row."""
         self._rows = [SuffixAutomaton() for _ in range(state.batch_size)]
+        self._together = False
         if self.auxiliary is not None:
             self.auxiliary.start(state, prefill)
 
@@ -95,13 +98,18 @@ class SamDecoding:
             nodes, length = (([], []), 0) if done else self._retrieve(row, state)
             rows.append(nodes)
             retrieved.append(done or length >= self.auxiliary_below)
-        if self.auxiliary is not None and retrieved == state.finished:
+        alone = retrieved == state.finished or (self._together and not all(retrieved))
+        if self.auxiliary is not None and alone:
             return self.auxiliary.propose(state)
         tree = pad_rows(state.root, [tokens for tokens, _ in rows], [parents for _, parents in rows], (self.name,))
         if self.auxiliary is None or all(retrieved):
             return tree
         # It need not propose for rows that are served already.
         theirs = self.auxiliary.propose(replace(state, finished=retrieved))
+        if not can_share(theirs):
+            # The served rows go without a draft this once. To ask again would cost a draft.
+            self._together = True
+            return theirs
         return by_row(tree, theirs, retrieved, self.auxiliary)
 
     def _retrieve(self, row: int, state: DecodeState) -> tuple[Nodes, int]:

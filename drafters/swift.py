@@ -96,6 +96,8 @@ class Swift(BaseDrafter):
         self._target = target
         if self.search is not None:
             self.search.bind(layers, self._skip)
+            if self._improves:
+                self.search.settle()
             if self._saved is not None:
                 self.search.load_state_dict(self._saved)
                 self._saved = None
@@ -111,9 +113,7 @@ class Swift(BaseDrafter):
         long_enough = state.policy.max_new_tokens >= self.min_new_tokens
         search = self.search
         self._searching = search is not None and self._improves and long_enough and not search.done
-        if self._searching and search is not None:
-            search.require()
-            self._unscored = True
+        self._unscored = self._searching
 
     def propose(self, state: DecodeState) -> TokenTree:
         """Try a candidate where one is due, then draft with the best set known."""
@@ -181,7 +181,7 @@ class Swift(BaseDrafter):
         search = self.search
         if search is None:
             raise ValueError("tuning swift is its search; got search=false, expected true or the settings of one")
-        search.require()
+        search.settle()
         states = self._decode_all(prompts, generate, progress)
         window = search.context_window + 1
         texts = [(state.context, state.policy.outputs[0][:window]) for state in states]

@@ -54,6 +54,11 @@ def most_frequent(rows: np.ndarray, num_nodes: int, weights: np.ndarray | None =
     return tokens[chosen].tolist(), parents.tolist()
 
 
+def can_share(tree: TokenTree) -> bool:
+    """Whether it may share a pass with another tree: it is not sampled, nor begun inside the target."""
+    return tree.draws is None and tree.entry is None
+
+
 def by_row(first: TokenTree, second: TokenTree, takes_first: list[bool], second_drafter: Drafter) -> TokenTree:
     """The tree whose rows come from ``first`` where ``takes_first`` says so, else from ``second``.
 
@@ -67,7 +72,7 @@ def by_row(first: TokenTree, second: TokenTree, takes_first: list[bool], second_
         ValueError: ``second`` holds sampled proposals, or enters the target above its first layer; such a tree cannot
             share a pass with another.
     """
-    if second.draws is not None or second.entry is not None:
+    if not can_share(second):
         raise ValueError(
             f"drafter {second_drafter.name!r} proposes trees that cannot share a pass with another drafter's (sampled, "
             "or begun inside the target); expected one that proposes tokens only, such as token_recycling"

@@ -100,10 +100,14 @@ class Trigram(BaseDrafter):
         return self._beyond_vocabulary(self.table)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:  # noqa: ARG002 - the protocol's signature
-        """Learn the prompt as if it had been emitted token by token."""
+        """Learn each distinct prompt as if it had been emitted token by token."""
         rule = self.adaptation
-        for row in range(state.batch_size):
-            self.table.learn(state.history.row(row).tolist(), rule.whole_window, rule.cap)
+        rows = dict.fromkeys(tuple(state.history.row(row).tolist()) for row in range(state.batch_size))
+        # Sequences of one prompt (num_return_sequences) differ in no more than their first token, the last of a row.
+        for prompt in dict.fromkeys(row[:-1] for row in rows):
+            self.table.learn(list(prompt), rule.whole_window, rule.cap)
+        for row in rows:
+            self.table.learn(list(row[-3:]), rule.whole_window, rule.cap)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """A tree of its own for each row."""
@@ -156,6 +160,9 @@ class Trigram(BaseDrafter):
 
 
 def _read(path: Path) -> dict[str, Any]:
+    path = path.expanduser()
+    if not path.is_file():
+        raise ValueError(f"no table of tri-grams at {path}; make one with scripts/build_trigram.py")
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, weights_only=True)

@@ -169,7 +169,7 @@ def test_bad_input_raises_as_plain_generate_does(arguments: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"drafter": "nonsense"}, "unknown drafter 'nonsense'; known: .*prompt_lookup, token_recycling"),
+        ({"drafter": "nonsense"}, "unknown drafter 'nonsense'; known: aggressive, .*token_recycling"),
         ({"verifier": "nonsense"}, "unknown verifier 'nonsense'; known: tree_attention"),
         ({"acceptance": "nonsense"}, "unknown acceptance 'nonsense'; known: block, greedy, "),
         ({"drafter": "token_recycling", "nodes": 3}, "takes no nodes; it takes: num_successors, num_nodes"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import specdec
 from drafters.lookahead import Lookahead, NgramPool, merge
 from specdec.interfaces import DecodeState, History, Prefill, Verification
 from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, TokenTree
@@ -208,6 +209,27 @@ def test_settings_and_states_that_do_not_fit() -> None:
     for wrong in ({}, {"ngrams": torch.zeros(3, 4, dtype=torch.int64)}, {"ngrams": torch.zeros(5)}):
         with pytest.raises(ValueError, match=r"expected ngrams of shape \(any, 5\)"):
             Lookahead().load_state_dict(wrong)
+    with pytest.raises(ValueError, match=r"torch.int64; got \(3, 5\), torch.float32"):
+        Lookahead().load_state_dict({"ngrams": torch.full((3, 5), 1.5)})
+    with pytest.raises(ValueError, match="ids from 0 on, got -1"):
+        Lookahead().load_state_dict({"ngrams": torch.full((3, 5), -1)})
+
+
+def test_a_pool_of_another_vocabulary_is_refused() -> None:
+    model = model_of("llama")
+    foreign, drafter = {"ngrams": torch.tensor([[1, 2, 3, 4, VOCAB + 5], [1, 2, 3, 4, 5]])}, Lookahead()
+    specdec.speculate(model, drafter)
+    try:
+        drafter.load_state_dict({"ngrams": foreign["ngrams"][1:]})
+        with pytest.raises(ValueError, match=rf"tokens below {VOCAB}, the target's vocabulary, got token {VOCAB + 5}"):
+            drafter.load_state_dict(foreign)
+        assert drafter.pool.after(1) == [(2, 3, 4, 5)], "and what was there stays"
+        unbound = Lookahead()
+        unbound.load_state_dict(foreign)
+        with pytest.raises(ValueError, match=f"got token {VOCAB + 5}"):
+            specdec.speculate(model, unbound)
+    finally:
+        specdec.restore(model)
 
 
 def test_smallest_window() -> None:

@@ -191,11 +191,42 @@ def test_sets_that_come_up_again_are_no_trouble(capsys: pytest.CaptureFixture[st
     assert not any(capsys.readouterr()), "the library keeps quiet"
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r"bayesian-optimization.*specdec-hf\[swift\]"):
-        SkipSearch().require()
-    SkipSearch(bayesian_interval=0).require()
+    search = SkipSearch()
+    with pytest.warns(UserWarning, match=r"bayesian-optimization.*specdec-hf\[swift\]"):
+        search.settle()
+    assert search.bayesian_interval == 0
+    search.settle()
+    SkipSearch(bayesian_interval=0).settle()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attention": [77]}, "layers 0 to 11, got one that names 77"),
+        ({"mlp": [-1]}, "layer numbers from 0 on; got -1"),
+        ({"iteration": 1.5}, "iteration: expected a whole number"),
+        ({"best_score": None}, "best_score: expected a number"),
+        ({"points": torch.zeros(20)}, "points: expected 2 dimensions"),
+        ({"scores": [1.0]}, "scores: expected 1 dimension"),
+        ({"scores": torch.zeros(9, dtype=torch.float64)}, "a score per point, got 1 and 9"),
+        ({"generator": torch.zeros(3)}, r"generator: expected the state of one, got \(3,\), torch.float32"),
+        ({"generator": 7}, "generator: expected the state of one, got 7"),
+    ],
+)
+def test_a_broken_state_changes_nothing(wrong: dict[str, Any], message: str) -> None:
+    search = bound(12)
+    search.propose()
+    search.tell(0.5)
+    before = search.state_dict()
+    other = bound(12, seed=7)
+    other.propose()
+    other.tell(0.75)
+    with pytest.raises(ValueError, match=message):
+        search.load_state_dict({**other.state_dict(), **wrong})
+    after = search.state_dict()
+    assert all(torch.equal(after[k], v) if isinstance(v, torch.Tensor) else after[k] == v for k, v in before.items())
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.1}, {"context_window": 0}, {"bayesian_interval": -1}])

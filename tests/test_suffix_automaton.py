@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import torch
 import specdec
 from drafters.automaton import SuffixAutomaton
 from drafters.datastore import Datastore, Meta, sort_suffixes
+from drafters.draft_model import SHAPES, DraftModel
 from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookup
 from drafters.suffix_automaton import SamDecoding
@@ -26,7 +27,7 @@ from drafters.token_recycling import TokenRecycling
 from drafters.tries import by_row, most_frequent
 from specdec.build import build_drafter
 from specdec.demo.heldout import heldout_functions
-from specdec.interfaces import DecodeState, History, Prefill
+from specdec.interfaces import DecodeState, History, Prefill, Verification
 from specdec.loading import demo_target
 from specdec.metrics import SpeculationStats, ends_in_loop
 from specdec.tree import PADDING, Draws, TokenTree, Topology
@@ -243,6 +244,64 @@ def test_hybrid_keeps_the_text(auxiliary: str, batch: int) -> None:
     assert output.sequences.tolist() == expected.sequences.tolist()
     used = {source for step in trace.steps if step.tree is not None for source in step.tree.sources}
     assert used - {"draft"} == {"suffix_automaton", auxiliary}, "(a tree without proposals has no author)"
+
+
+class Watched(DraftModel):
+    """Compares the follower's K/V with those of a fresh pass over what it has read."""
+
+    compared = 0
+
+    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
+        super().update(state, tree, verification)
+        assert self.follower is not None and self.follower.context is not None  # noqa: PT018
+        context, model = self.follower.context, self.follower.target.model
+        for row, length in enumerate(context.lengths):
+            if verification.finished[row]:
+                continue
+            text = state.history.row(row)
+            assert length < len(text)
+            ids = torch.from_numpy(text[:length].copy())[None]
+            fresh = model(input_ids=ids, use_cache=True).past_key_values.layers
+            for mine, expected in zip(context.cache.layers, fresh, strict=True):
+                torch.testing.assert_close(mine.keys[row, :, :length], expected.keys[0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(mine.values[row, :, :length], expected.values[0], rtol=1e-4, atol=1e-4)
+            self.compared += 1
+
+
+@pytest.mark.parametrize("auxiliary", ["early_exit", "swift", "top_k", "chain", "rsd_c"])
+def test_hybrid_with_drafters_that_run_a_model(auxiliary: str) -> None:
+    model, inputs = model_of("llama"), prompts(3)
+    shaped = auxiliary in SHAPES
+    theirs = Watched(shape=auxiliary) if shaped else build_drafter(auxiliary)
+    drafter = SamDecoding(auxiliary=theirs, auxiliary_below=2)
+    expected, _ = generate(model, "none", inputs)
+    output, trace = generate(model, drafter, inputs)
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    kinds = {step.tree.sources for step in trace.steps if step.tree is not None}
+    assert (theirs.name,) in kinds
+    assert drafter._together == (auxiliary == "early_exit")
+    assert drafter._together or ("suffix_automaton", theirs.name) in kinds
+    generate(model, drafter, inputs, do_sample=True, top_k=8)
+    assert drafter._together == (auxiliary in ("early_exit", "chain", "rsd_c"))
+    assert not isinstance(theirs, Watched) or theirs.compared > 20
+
+
+def test_rows_go_together_where_trees_cannot_share() -> None:
+    class Sampled(NoDrafter):
+        asked: ClassVar[list[list[bool]]] = []
+
+        def propose(self, state: DecodeState) -> TokenTree:
+            self.asked.append(state.finished)
+            none = torch.full((state.batch_size, 1), -1)
+            return replace(super().propose(state), draws=Draws(none, none, none, torch.ones(state.batch_size, 1, 5)))
+
+    drafter = SamDecoding(auxiliary=Sampled(), auxiliary_below=2)
+    state = state_of([[5, 6, 7, 5, 6], [1, 2, 3]])
+    begun(drafter, state)
+    assert all(drafter.propose(state).draws is not None for _ in range(2))
+    assert Sampled.asked == [[True, False], [False, False]], "from then on for all rows"
+    ours = state_of([[5, 6, 7, 5, 6], [1, 2, 1, 2]])
+    assert begun(drafter, ours).propose(ours).sources == ("suffix_automaton",)
 
 
 def test_the_auxiliary_drafter_learns_forgets_and_is_saved() -> None:

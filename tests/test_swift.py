@@ -194,14 +194,18 @@ def test_short_requests_and_given_sets_are_not_searched() -> None:
         assert drafter.search is None or drafter.search.iteration == 0
 
 
-def test_a_missing_library_is_named_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    specdec.speculate(model, searching())
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match="pip install"):
-        text_of(model)
-    specdec.speculate(model, "swift")
-    text_of(model)  # too short to be searched in, so nothing is missing
+def test_without_the_library_candidates_are_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, find = build("llama"), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bayes_opt" else find(name))
+    expected = text_of(model)
+    drafter = searching(bayesian_interval=1)
+    with pytest.warns(UserWarning, match=r"pip install 'specdec-hf\[swift\]'"):
+        specdec.speculate(model, drafter)
+    assert text_of(model) == expected
+    assert drafter.search is not None
+    assert drafter.search.iteration > 1
+    specdec.speculate(model, drafter)  # warned of once
+    specdec.speculate(model, "swift", skip={"speedup": 2})  # a given set is not searched from
 
 
 def test_sets_from_files(tmp_path: Path) -> None:

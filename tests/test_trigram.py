@@ -354,6 +354,24 @@ def test_the_prompt_counts_as_if_it_had_come_token_by_token() -> None:
         assert got == pytest.approx(expected, abs=1e-5)
 
 
+def test_each_distinct_prompt_is_learnt_once() -> None:
+    shared = [1, 2, 3, 4]
+    rows = [[*shared, 5], [*shared, 5], [*shared, 6], [9, 3, 4, 5]]
+    drafter = Trigram()
+    drafter.start(state_of(rows), prefill_of(state_of(rows)))
+    once = drafter.adaptation.whole_window
+    learnt = {pair: dict(zip(*drafter.table.successors(*pair), strict=True)) for pair in ((1, 2), (2, 3), (3, 4))}
+    assert learnt[1, 2] == pytest.approx({3: once})
+    assert learnt[2, 3] == pytest.approx({4: once})
+    assert learnt[3, 4] == pytest.approx({5: 2 * once, 6: once}), "prompts that end alike are two all the same"
+
+
+@pytest.mark.parametrize("name", ["nope.safetensors", "nope.pt"])
+def test_a_missing_table_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"no table of tri-grams at .*{name}; make one with scripts/build_trigram.py"):
+        Trigram(path=str(tmp_path / name))
+
+
 def test_a_step_learns_the_window_of_rows_that_go_on() -> None:
     first, second = random_text(30, 40, 0), [token + 100 for token in random_text(30, 40, 1)]
     drafter, state = Trigram(adaptation=Adaptation(window=5)), state_of([first, second], [False, True])

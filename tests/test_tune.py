@@ -18,7 +18,7 @@ def test_a_tuned_set_is_written_and_read_back(tmp_path: Path, monkeypatch: pytes
     data, output = tmp_path / "prompts.jsonl", tmp_path / "new" / "set.json"
     data.write_text('{"question": "How many eggs are left?"}\n\nplain text\n{"turns": ["one", "two"]}\n')
     monkeypatch.setattr("sys.argv", ["specdec"])
-    options = ("drafter.search.max_iterations=2", "drafter.search.max_score=1", f"data={data}", "num_prompts=2")
+    options = ("drafter.search.max_iterations=2", "drafter.search.max_score=1", f"prompts_file={data}", "num_prompts=2")
     cli.main(["tune", f"output={output}", *options, *SMALL])
     written = json.loads(output.read_text())
     assert list(written) == ["demo"]
@@ -43,7 +43,7 @@ def test_lines_of_a_file() -> None:
     [
         (["tune", "drafter=none"], "'none' has nothing to tune"),
         (["tune", "drafter.search=false"], "search=false"),
-        (["tune", "data=nowhere.txt"], "nowhere.txt"),
+        (["tune", "prompts_file=nowhere.txt"], "nowhere.txt"),
         (["tune", "max_new_tokens=2"], "no text reached"),
     ],
 )

@@ -42,17 +42,17 @@ def run(config: DictConfig) -> None:
 
 
 def _prompts(session: Session) -> list[str]:
-    """The prompts of ``data``, a file, where it is given; else those of the configuration.
+    """The prompts of ``prompts_file`` where it is given; else those of the configuration.
 
     Raises:
         ValueError: the file holds none.
     """
-    if session.config["data"] is None:
+    if session.config["prompts_file"] is None:
         return session.prompts()
-    lines = Path(session.config["data"]).expanduser().read_text(encoding="utf-8").splitlines()
+    lines = Path(session.config["prompts_file"]).expanduser().read_text(encoding="utf-8").splitlines()
     texts = [_text(line) for line in lines if line.strip()][: session.config["num_prompts"]]
     if not texts:
-        raise ValueError(f"{session.config['data']} holds no prompt; expected one per line, or JSON lines")
+        raise ValueError(f"{session.config['prompts_file']} holds no prompt; expected one per line, or JSON lines")
     return texts
 
 
