@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -19,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from specdec import commands
 from specdec.build import config_dir
+from specdec.evaluation.records import JOB_FAILED
 
 _PARTS = ("target", "drafter", "verifier", "acceptance", "data")
 _OPTIONS_WITH_VALUE = (  # of Hydra
@@ -36,8 +39,8 @@ def available() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
-    Exit codes: 0 done; 1 an audit or a question that failed, or an override that Hydra refuses; 2 other bad input;
-    130 interrupted.
+    Exit codes: 0 done; 1 an audit, a question or a job of a sweep that failed, or an override that Hydra refuses; 2
+    other bad input; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True)
@@ -90,20 +93,39 @@ def _gather(arguments: Sequence[str], key: str | None) -> list[str]:
 
 
 def _guarded(run: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Show what a user got wrong as one line, and bugs as a traceback."""
+    """Show what a user got wrong as one line, and bugs as a traceback.
+
+    A job of a sweep that is joined afterwards does not end the process: it leaves ``job_failed.txt`` in its folder and
+    returns None, which is no figure to any sweeper, and the join makes the command's exit code.
+    """
 
     def task(config: DictConfig) -> Any:
+        marker = _marker()
+        if marker is not None:
+            marker.unlink(missing_ok=True)
         try:
             result = run(config)
         except _USER_ERRORS as error:
             # Made here: launchers send this function to other processes, which a console cannot travel to.
             Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-            sys.exit(2)
+            if marker is None:
+                sys.exit(2)
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(f"{error}\n", encoding="utf-8")
+            return None
         if isinstance(result, int) and result:
             sys.exit(result)
         return result
 
     return task
+
+
+def _marker() -> Path | None:
+    """Where this job says that it failed; None outside of a sweep, or where nobody would read it."""
+    hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra_config is None or hydra_config.mode != RunMode.MULTIRUN or "join" not in (hydra_config.callbacks or {}):
+        return None
+    return Path(hydra_config.runtime.output_dir) / JOB_FAILED
 
 
 def _help(console: Console) -> None:

@@ -86,7 +86,10 @@ def test_a_run_goes_on_and_another_one_is_refused(tmp_path: Path, capsys: pytest
     assert evaluate(*SMALL, f"output={tmp_path}") == 0
     assert "1 of them finished before" in capsys.readouterr().err
     assert (tmp_path / "answers" / "none.jsonl").read_text() == before
-    assert len(summary(tmp_path).provenance["processes"]) == 2
+    known = summary(tmp_path).provenance
+    assert [words["asked"] for words in known["processes"]] == [1, 0]
+    assert known["started"] == known["processes"][0]["started"], "the one that made the figures speaks"
+    assert "mixed" not in known
     assert evaluate(*SMALL, f"output={tmp_path}", "max_new_tokens=5") == 2
     assert "another run (max_new_tokens: 4 -> 5)" in capsys.readouterr().err
     assert evaluate(*SMALL, f"output={tmp_path}", "max_new_tokens=5", "overwrite=true") == 0
@@ -190,6 +193,45 @@ def test_all_drafters_join_by_existing(tmp_path: Path) -> None:
     assert len(answers[81].choices[0].turns) == 2
 
 
+@pytest.mark.parametrize("sizes", ["0,8", "8,0"])
+def test_a_job_that_fails_leaves_the_others(sizes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, good = str(sizes.split(",").index("0")), str(sizes.split(",").index("8"))
+    sweep = ["-m", "threads=1", "limit=1", "warmup=0", "drafter=prompt_lookup", "baselines=[]", f"output={tmp_path}"]
+    assert evaluate(*sweep, f"max_new_tokens={sizes}") == 1
+    made = summary(tmp_path)
+    assert {row.job for row in made.rows} == {good}
+    assert list(made.provenance["failed_jobs"]) == [bad]
+    assert f"job {bad} failed: expected max_new_tokens" in capsys.readouterr().err
+    assert "max_new_tokens" in (tmp_path / bad / records.JOB_FAILED).read_text()
+    if bad == "0":
+        assert evaluate(*sweep, "max_new_tokens=4,8") == 0, "repaired, it is no failed job any more"
+        assert {row.job for row in summary(tmp_path).rows} == {"0", "1"}
+        assert "failed_jobs" not in summary(tmp_path).provenance
+
+
+def test_a_sweep_of_which_every_job_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("-m", *SMALL, "repeats=0,-1", f"output={tmp_path}") == 1
+    assert "no job in" in capsys.readouterr().err
+
+
+def test_other_questions_are_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"prompt": "Hello."}\n{"prompt": "Again."}\n')
+    arguments = (*SMALL, "baselines=[]", "data=jsonl", f"data.path={file}", f"output={tmp_path / 'run'}")
+    assert evaluate(*arguments) == 0
+    file.write_text('{"prompt": "Hello."}\n{"prompt": "Other, and not asked."}\n')
+    assert evaluate(*arguments) == 0, "what is asked is the same"
+    file.write_text('{"prompt": "Good bye."}\n')
+    assert evaluate(*arguments) == 2
+    assert "another run (questions_sha256" in capsys.readouterr().err
+
+
+def test_the_plain_loop_is_lossless_beside_a_lossy_rule(tmp_path: Path) -> None:
+    assert evaluate(*SMALL, "baselines=[]", "acceptance=typical", f"output={tmp_path}") == 0
+    lossless = {row.drafter: row.lossless for row in summary(tmp_path).rows}
+    assert lossless == {"none": True, "prompt_lookup": False}
+
+
 MISTAKES = {
     "no file": (["data=jsonl", "data.path=nowhere.jsonl"], "no file of questions at nowhere.jsonl"),
     "no path": (["data=spec_bench"], "data=spec_bench needs data.path=..."),
@@ -209,7 +251,8 @@ MISTAKES = {
     "shard": (["shard=3/2"], "expected shard=i/n"),
     "empty shard": (["limit=1", "shard=2/2"], "no question is left to ask"),
     "warm-up": (["warmup=-1"], "expected warmup"),
-    "rule": (["acceptance=target_sampling", "drafter=prompt_lookup"], "leave it out"),
+    "rule": (["acceptance=greedy", "temperature=1", "drafter=prompt_lookup", "limit=1"], "cannot run"),
+    "metric": (["metric=seconds"], "expected metric to be a number of the summary"),
 }
 
 

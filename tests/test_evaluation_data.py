@@ -137,3 +137,12 @@ def test_a_category_that_does_not_exist_lists_them() -> None:
         ids(Selection(categories=["a", "d"]))
     with pytest.raises(ValueError, match="expected limit"):
         ids(Selection(limit=0))
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes('\ufeff{"prompt": "a\u2028b\x85c"}\r\n\n{"prompt": "d"}'.encode())
+    assert [question.turns for question in data.jsonl(str(file))] == [("a\u2028b\x85c",), ("d",)]
+    file.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="q.jsonl:2: expected UTF-8, got byte 0xff"):
+        data.jsonl(str(file))

@@ -92,7 +92,7 @@ def test_speedups_and_acceptance(tmp_path: Path) -> None:
     assert ours.speedup_vs_transformers == pytest.approx(2.0)
     assert ours.decode_tokens_per_second == pytest.approx(3 / 0.7)
     assert ours.mean_accepted_tokens == 1.5
-    assert (plain.mean_accepted_tokens, theirs.mean_accepted_tokens) == (1.0, None)
+    assert (plain.mean_accepted_tokens, theirs.mean_accepted_tokens) == (1.0, 1.0)
     assert ours.acceptance_by_depth == [0.5, 0.0]
     assert ours.conditional_acceptance_by_depth == [0.5, 0.0]
     assert ours.accepted_lengths == {"0": 1, "1": 1}
@@ -223,6 +223,18 @@ def test_jobs_are_joined(tmp_path: Path) -> None:
     assert "limit=3" not in text, "what all jobs share is not repeated"
     with pytest.raises(ValueError, match="no job in"):
         summary.join(tmp_path / "0")
+
+
+def test_processes_that_differ_are_told(tmp_path: Path) -> None:
+    for number, (sha, asked) in enumerate((("a", 2), ("b", 1), ("c", 0))):
+        said = {"started": f"{number}", "git": {"sha": sha, "dirty": False}, "threads": 2, "asked": asked}
+        records.replace_text(tmp_path / "processes" / f"{number}.json", json.dumps(said))
+    known = summary.provenance_of(tmp_path)
+    assert (known["started"], known["git"]["sha"], known["mixed"]) == ("1", "b", ["git"])
+    assert [words["git"]["sha"] for words in known["processes"]] == ["a", "b", "c"]
+    write(tmp_path, PLAIN, 1, choice([2.0], [[1]]))
+    assert "differ in git**" in tables.to_markdown(summary.summarise(tmp_path, known))
+    assert "differ in" not in tables.to_markdown(summary.summarise(tmp_path, {}))
 
 
 def test_the_metric_of_a_sweep(tmp_path: Path) -> None:

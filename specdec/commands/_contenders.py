@@ -145,7 +145,7 @@ class Contenders:
         return stateful
 
     def _speculating(self, name: str, config: str | Mapping[str, Any], kind: str = "drafter") -> Speculating:
-        model = self.session.attach(config)
+        model = self.session.attach(config, configured_rule=kind != "plain")
         return Speculating(name, model, speculation_of(model), self._eos, kind)
 
 

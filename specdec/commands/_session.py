@@ -55,10 +55,13 @@ class Session:
         """Make the target speculate with the configured drafter; returns the model."""
         return self.attach(self.config["drafter"])
 
-    def attach(self, drafter: str | Mapping[str, Any]) -> Any:
-        """Make the target speculate with a drafter, named or as its config; returns the model."""
+    def attach(self, drafter: str | Mapping[str, Any], configured_rule: bool = True) -> Any:
+        """Make the target speculate with a drafter, named or as its config; returns the model.
+
+        ``configured_rule=False`` leaves the config's ``acceptance`` out, as a baseline needs it.
+        """
         verifier = build_verifier(self.config["verifier"])
-        if self.config.get("acceptance"):
+        if configured_rule and self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
         return attach(self.model, build_drafter(drafter), verifier)
 

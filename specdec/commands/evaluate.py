@@ -16,13 +16,13 @@ from rich.markup import escape
 from specdec.build import build
 from specdec.commands._contenders import Contenders, labels
 from specdec.commands._session import Session, checked_temperature
-from specdec.evaluation.data import Question, Selection
+from specdec.evaluation.data import Question, Selection, fingerprint, shard_of
 from specdec.evaluation.progress import Progress
 from specdec.evaluation.provenance import now, provenance
 from specdec.evaluation.records import QUESTIONS, Summary, replace_text, write_lines
 from specdec.evaluation.runner import Plan, Runner, Setting
 from specdec.evaluation.store import CONFIG, RunFolder, told_when_full
-from specdec.evaluation.summary import best, provenance_of, summarise
+from specdec.evaluation.summary import best, checked_metric, provenance_of, summarise
 from specdec.evaluation.tables import show, write_summary
 
 # What may differ between two starts of one run, and between its shards.
@@ -34,13 +34,16 @@ def run(config: DictConfig) -> float | int | None:
     """Evaluate. Returns the metric for sweepers; outside a sweep exit code 1 where a question failed or a text is not
     the target's own, 130 where it was interrupted.
     """
-    console, questions, plan = Console(stderr=True), questions_of(config), plan_of(config)
+    checked_metric(config.metric)
+    console, selected, plan = Console(stderr=True), questions_of(config), plan_of(config)
+    questions = _of_shard(selected, config.shard)
     session = Session(config)
     session.without_processors()
     _fill_pad(session)
     contenders = Contenders(session, _choice("drafter", str(config.drafter.get("_target_", "drafter"))))
     folder = RunFolder(_folder(config), config.shard)
     resolved = {**session.config, "measured": labels(contenders(Setting(0.0, 1)))}
+    resolved["questions_sha256"] = fingerprint(selected)
     folder.claim(_found(folder.path), _stable(resolved), config.overwrite)
     with told_when_full(folder.path):
         replace_text(folder.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(resolved)))
@@ -56,7 +59,7 @@ def run(config: DictConfig) -> float | int | None:
             runner.run(questions)
         except KeyboardInterrupt:
             interrupted = True
-    summary = _summarise(folder, {**said, "finished": now(), "interrupted": interrupted})
+    summary = _summarise(folder, {**said, "finished": now(), "asked": runner.asked, "interrupted": interrupted})
     show(summary)
     _say_where(console, folder.path, interrupted, runner.failures)
     metric = best(summary, config.metric, contenders.first)
@@ -69,10 +72,10 @@ def run(config: DictConfig) -> float | int | None:
 
 
 def questions_of(config: DictConfig) -> list[Question]:
-    """The questions that the config selects.
+    """The questions that the config selects, those of all shards.
 
     Raises:
-        ValueError: bad input, by file and line where there is one; nothing is left to ask.
+        ValueError: bad input, by file and line where there is one.
     """
     plain = OmegaConf.to_container(config.data, resolve=True)
     assert isinstance(plain, dict)
@@ -80,13 +83,17 @@ def questions_of(config: DictConfig) -> list[Question]:
     if missing:
         raise ValueError(f"data={_choice('data', 'this')} needs {', '.join(missing)}")
     source: list[Question] = build({str(key): value for key, value in plain.items()})
-    names = ("categories", "per_category", "limit", "sample", "seed", "shard")
+    names = ("categories", "per_category", "limit", "sample", "seed")
     chosen = {name: config[name] for name in names}
     if config.categories is not None:
         chosen["categories"] = _listed(config.categories)
-    questions = Selection(**chosen)(source)
-    if not questions:
-        raise ValueError(f"no question is left to ask: {len(source)} in all, shard={config.shard}")
+    return Selection(**chosen)(source)
+
+
+def _of_shard(selected: list[Question], shard: str | None) -> list[Question]:
+    first, step = shard_of(shard)
+    if not (questions := selected[first - 1 :: step]):
+        raise ValueError(f"no question is left to ask: {len(selected)} in all, shard={shard}")
     return questions
 
 

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from specdec.commands._session import Session
 from specdec.generation import speculation_of
 from specdec.interfaces import Tunable
+from specdec.textlines import lines_of
 
 
 def run(config: DictConfig) -> None:
@@ -49,8 +50,8 @@ def _prompts(session: Session) -> list[str]:
     """
     if session.config["prompts_file"] is None:
         return session.prompts()
-    lines = Path(session.config["prompts_file"]).expanduser().read_text(encoding="utf-8").splitlines()
-    texts = [_text(line) for line in lines if line.strip()][: session.config["num_prompts"]]
+    lines = lines_of(Path(session.config["prompts_file"]).expanduser())
+    texts = [_text(line) for _, line in lines][: session.config["num_prompts"]]
     if not texts:
         raise ValueError(f"{session.config['prompts_file']} holds no prompt; expected one per line, or JSON lines")
     return texts

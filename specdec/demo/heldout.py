@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdec.textlines import lines_of
+
 HELDOUT_SHARE = 0.05
 MAX_FUNCTION_LINES = 40
 MAX_FUNCTION_CHARS = 1400
@@ -68,7 +70,7 @@ def is_heldout(text: str) -> bool:
 def gsm8k_problems(path: Path, *, heldout: bool) -> list[Problem]:
     """One side of a GSM8K ``.jsonl`` file (keys ``question`` and ``answer``), split by a hash of the question."""
     problems = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for _, line in lines_of(path):
         row = json.loads(line)
         if is_heldout(row["question"]) == heldout:
             problems.append(Problem(row["question"].strip(), _CALCULATOR_MARK.sub("", row["answer"]).strip()))

@@ -5,16 +5,18 @@ Every source gives a list of ``Question``; a line that cannot be read is named b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from specdec.demo.heldout import heldout_functions, heldout_gsm8k
+from specdec.textlines import lines_of
 
 DEMO_FILE = Path(__file__).with_name("demo_questions.jsonl")
 ROLES = ("system", "user", "assistant")
@@ -200,9 +202,7 @@ def _from_file(path: Path, columns: Columns, missing: str) -> list[Question]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of questions at {path}; {missing}")
     found: list[Question] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         place = f"{path}:{number}"
         try:
             plain = json.loads(line)
@@ -220,6 +220,12 @@ def _unique(questions: Iterable[Question]) -> list[Question]:
     if twice:
         raise ValueError(f"expected each question_id once, got {twice[0]!r} several times")
     return questions
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """SHA-256 of questions as they are asked, in their order; a run does not go on with others."""
+    plain = json.dumps([asdict(item) for item in questions], sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,11 @@ prefill's time itself; for transformers a streamer notes when the first token ca
 and tells the size of every block that assisted generation accepts as well. With assisted generation the prompt's pass
 verifies candidates already, so that first block counts as a verification.
 
+The time of a batch is shared by its texts: the prefill equally, as all rows are padded to one width; each step equally
+among the rows unfinished in it, so that a row which ended early does not pay for one that goes on. Of our loop the
+steps' times are known, and what lies outside of its phases is shared in proportion; of transformers every step after
+the first token is taken to last equally long.
+
 Shapes: B rows, W prompt columns.
 """
 
@@ -132,11 +137,11 @@ class Speculating:
             self.handle.observers = []
         counted = self.handle.last.emitted_tokens
         assert counted == sum(map(len, rows)), f"the loop counted {counted} tokens, the text has {sum(map(len, rows))}"
-        texts = []
-        for row, ids in enumerate(rows):
-            trace, sources = self.tracer.row(row)
+        texts, traced = [], [self.tracer.row(row) for row in range(len(rows))]
+        own = [_traced_seconds(trace) for trace, _ in traced]
+        for ids, (trace, sources), part in zip(rows, traced, own, strict=True):
             lengths = [accepted + 1 for accepted in trace.accepted]
-            texts.append(Measured(ids, seconds / len(rows), trace.seconds[PREFILL], lengths, sources, trace))
+            texts.append(Measured(ids, seconds * (part / sum(own)), trace.seconds[PREFILL], lengths, sources, trace))
         return texts
 
     def begin(self) -> None:
@@ -185,14 +190,16 @@ class Transformers:
         options = {**options, **self.extra, "streamer": clock}
         start = time.perf_counter()
         rows, seconds = _timed(self.model, using(self.model, None), batch, options, self.eos_ids)
-        prefill = max((clock.first or start) - start, 0.0) / rows_in_call
+        prefill = max((clock.first or start) - start, 0.0)
+        shares = _shares([len(ids) - 1 for ids in rows])
         texts = []
-        for ids in rows:
+        for ids, share in zip(rows, shares, strict=True):
+            own = prefill / rows_in_call + (seconds - prefill) * share
             if self.extra:
                 lengths, sources = _blocks(clock.blocks, len(ids), self.kind)
             else:
                 lengths, sources = [1] * (len(ids) - 1), [PREFILL] + [TARGET] * (len(ids) - 1)
-            texts.append(Measured(ids, seconds / rows_in_call, prefill, lengths, sources))
+            texts.append(Measured(ids, own, prefill / rows_in_call, lengths, sources))
         return texts
 
     def begin(self) -> None:
@@ -250,6 +257,23 @@ def _timed(
             torch.cuda.synchronize(batch.input_ids.device)
         seconds = time.perf_counter() - start
     return [emitted(row, eos_ids) for row in ids[:, batch.input_ids.shape[1] :].tolist()], seconds
+
+
+def _traced_seconds(trace: StepTrace) -> float:
+    """All phases of one text; each step is shared by the rows unfinished in it."""
+    return sum(sum(seconds) if isinstance(seconds, list) else seconds for seconds in trace.seconds.values())
+
+
+def _shares(steps: Sequence[int]) -> list[float]:
+    """Shares, of sum 1, in a time of steps that last equally long and are shared by the rows unfinished in them.
+
+    Args:
+        steps: after how many of them each row is finished.
+    """
+    if max(steps) < 1:
+        return [1 / len(steps)] * len(steps)
+    running = [sum(count > step for count in steps) for step in range(max(steps))]
+    return [sum(1 / rows for rows in running[: max(count, 0)]) / len(running) for count in steps]
 
 
 def _blocks(blocks: Sequence[int], length: int, kind: str) -> tuple[list[int], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ def provenance(
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "overrides": list(overrides),
         "config": dict(config),
         "git": git_state(Path(__file__).resolve().parent),

@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ANSWERS, FAILED, STEPS, QUESTIONS, SUMMARY = "answers", "failed", "steps", "questions", "summary.json"
+JOB_FAILED = "job_failed.txt"
+"""In the folder of a multirun's job: why it could not run."""
+
 PREFILL, TARGET = "prefill", "target"
 """Sources of a token beside the names of drafters: the prompt's pass, and the target's own token of a later pass."""
 
@@ -81,7 +84,8 @@ class Choice:
         ids: the tokens emitted.
         tokens: for each token its text and its source: ``prefill``, ``target`` or the name of a drafter.
         looping: whether the text ends in a repeated block.
-        identical: greedy text against the plain run: ``identical``, ``near_tie``, ``bug``; None where not compared.
+        identical: greedy text against the plain loop, the plain loop's own against transformers: ``identical``,
+            ``near_tie``, ``bug``; None where not compared.
     """
 
     index: int = 0
@@ -210,7 +214,7 @@ UNITS = {
     "conditional_acceptance_by_depth": "of those that reached depth d and had a candidate there, the accepted share",
     "accepted_lengths": "accepted draft tokens -> verifications",
     "tree_nodes": "nodes computed per verification, root included",
-    "identical_rows": "rows equal to the plain run, token by token; greedy only",
+    "identical_rows": "rows equal to the plain loop's (its own: to transformers'), token by token; greedy only",
     "near_ties": "rows that differ by no more than rounding, by the audit",
     "bugs": "rows that differ by more than rounding",
     "rows": "texts: one per question and turn, the same for all methods",

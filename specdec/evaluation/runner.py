@@ -1,9 +1,9 @@
 """The run: every method on every question in turn, so that whatever drifts hits all of them alike.
 
-Order of things, outermost first: settings (temperature, batch size), groups of questions (a batch), repeats, turns,
-methods. The order of methods moves on by one with every group. All methods get the same prompts: what goes into the
-next turn is the answer of the first method (the plain loop where it is measured). Nothing but ``generate`` stands
-between two looks at a clock.
+Order of things, outermost first: settings (temperature, batch size), groups of questions (a batch, all of one
+category), repeats, turns, methods. The order of methods moves on by one with every group. All methods get the same
+prompts: what goes into the next turn is the answer of the first method (the plain loop where it is measured). Nothing
+but ``generate`` stands between two looks at a clock.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Runner:
         progress: Progress,
     ) -> None:
         self.loaded, self.methods, self.plan, self.folder, self.progress = loaded, methods, plan, folder, progress
-        self.failures = 0
+        self.failures = self.asked = 0
         pad = loaded.tokenizer.pad_token_id
         self._pad = next((token for token in (pad, loaded.tokenizer.eos_token_id) if token is not None), 0)
         loaded.encode("a", plan.chat)  # no chat template where one is asked for: every prompt would say so
@@ -146,7 +146,7 @@ class Runner:
         for setting in self.plan.settings:
             methods, size = list(self.methods(setting)), setting.batch_size
             variants = [variant_of(method, setting) for method in methods]
-            groups = [questions[start : start + size] for start in range(0, len(questions), size)]
+            groups = batches(questions, size)
             done = self.folder.resume(variants, [[question.question_id for question in group] for group in groups])
             self.progress.start(setting, methods, len(questions), len(done))
             open_groups = [group for group in groups if group[0].question_id not in done]
@@ -312,6 +312,7 @@ class Runner:
             aside = [answer for answer in result.answers if failed or not answer.choices]
             self.folder.add(variant, counted, aside, result.traces)
             self.progress.advance(method, result.answers, result.error)
+        self.asked += len(call.group)
         if failed:
             self.failures += len(call.group)
 
@@ -319,6 +320,22 @@ class Runner:
         for method, state in zip(methods, learnt, strict=True):
             if state:
                 self.folder.save_state(variant_of(method, setting), state)
+
+
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Groups of at most ``size`` questions of one category each, so that a call's time belongs to one task.
+
+    The order within a category is kept, and groups stand in the order of their first questions: with size 1 this is
+    the order of the questions.
+    """
+    groups, filling = list[list[Question]](), dict[str, list[Question]]()
+    for question in questions:
+        group = filling.get(question.category)
+        if group is None or len(group) == size:
+            group = filling[question.category] = []
+            groups.append(group)
+        group.append(question)
+    return groups
 
 
 def _learnt(method: Method) -> dict[str, Any]:

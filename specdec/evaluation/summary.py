@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from specdec.evaluation.records import (
     BUG,
     COLD,
     IDENTICAL,
+    JOB_FAILED,
     NEAR_TIE,
     SUMMARY,
     Answer,
@@ -31,6 +32,7 @@ from specdec.evaluation.records import (
 from specdec.metrics import SpeculationStats, Throughput, median_repeat, shared
 
 OVERALL = "overall"
+_MACHINE = ("git", "versions", "device", "threads", "dtype")  # what figures of several processes should share
 Key = tuple[int | str, int]  # question and turn
 
 
@@ -74,32 +76,56 @@ def best(summary: Summary, metric: str, drafter: str) -> float | None:
     Raises:
         ValueError: rows have no such number.
     """
+    checked_metric(metric)
     rows = [row for row in summary.rows if row.drafter == drafter and row.task == OVERALL and row.subset == "all"]
     if not rows:
         return None
     warm = [row for row in rows if row.state != "cold"]
-    value = getattr((warm or rows)[0], metric, "")
-    if value is not None and not isinstance(value, int | float):
-        raise ValueError(f"expected metric to be a number of the summary, such as speedup_vs_plain; got {metric!r}")
+    value = getattr((warm or rows)[0], metric)
     return None if value is None else float(value)
+
+
+def checked_metric(metric: Any) -> str:
+    """The name of a number of ``SummaryRow``.
+
+    Raises:
+        ValueError: rows have no such number; names those they have.
+    """
+    numbers = [item.name for item in fields(SummaryRow) if item.type in ("float", "int", "float | None", "int | None")]
+    if metric not in numbers:
+        raise ValueError(
+            f"expected metric to be a number of the summary, such as speedup_vs_plain; got {metric!r}; "
+            f"known: {', '.join(numbers)}"
+        )
+    return str(metric)
 
 
 def join(folder: Path) -> Summary:
     """One summary of all jobs of a multirun: rows say which job they are from and what it overrode.
 
+    A job that failed is named with its reason under ``failed_jobs``; what an earlier sweep left in its folder is not
+    this sweep's, and not joined.
+
     Raises:
         ValueError: no job has left a summary.
     """
-    paths = sorted(folder.glob(f"*/{SUMMARY}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    failed = {path.parent.name: path.read_text(encoding="utf-8").strip() for path in _of_jobs(folder, JOB_FAILED)}
+    paths = [path for path in _of_jobs(folder, SUMMARY) if path.parent.name not in failed]
     if not paths:
-        raise ValueError(f"no job in {folder} has left a {SUMMARY}")
+        reasons = "".join(f"; job {job} failed: {reason}" for job, reason in failed.items())
+        raise ValueError(f"no job in {folder} has left a {SUMMARY}{reasons}")
     rows, jobs = list[SummaryRow](), dict[str, Any]()
     for path in paths:
         job = read_summary(path)
         overrides = list(job.provenance.get("overrides", []))
         jobs[path.parent.name] = job.provenance
         rows += [replace(row, job=path.parent.name, overrides=overrides) for row in job.rows]
-    return Summary({"jobs": jobs}, rows)
+    return Summary({"jobs": jobs} | ({"failed_jobs": failed} if failed else {}), rows)
+
+
+def _of_jobs(folder: Path, name: str) -> list[Path]:
+    """A file of all jobs that have it, in the order of their numbers."""
+    return sorted(folder.glob(f"*/{name}"), key=lambda path: (len(path.parent.name), path.parent.name))
 
 
 def _order(texts: Texts) -> tuple[int, str, bool]:
@@ -178,8 +204,8 @@ def _row(method: Texts, keys: Collection[Key], speed: Throughput) -> SummaryRow:
         row.identical_rows, row.near_ties, row.bugs = verdicts[IDENTICAL], verdicts[NEAR_TIE], verdicts[BUG]
     stats = _statistics(texts)
     row.seconds = _seconds(texts, speed, stats)
+    row.mean_accepted_tokens = stats.mean_accepted_tokens  # of transformers' plain generate 1.0 by definition
     if variant.kind != "transformers":
-        row.mean_accepted_tokens = stats.mean_accepted_tokens
         row.accepted_lengths = {str(k): n for k, n in sorted(stats.accepted_lengths.items())}
         row.acceptance_by_depth = stats.acceptance_by_depth
     if all(text.trace is not None for text in texts):
@@ -227,10 +253,19 @@ def _total(counts: Counter[str], task: str) -> int:
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What the processes of a run said of themselves: the last one's words, and when each of them was at work."""
+    """What the processes of a run said of themselves.
+
+    The words are those of the last process that asked anything, since figures are not made by one that found nothing
+    left to do. ``processes`` says of each when, how and on what it was at work; ``mixed``, where it is there, names
+    what is not the same for all of those that asked.
+    """
     said = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "processes").glob("*.json"))]
     said.sort(key=lambda words: words["started"])
     if not said:
         return {}
-    brief = ("shard", "started", "finished", "command", "device", "threads", "interrupted")
-    return {**said[-1], "processes": [{key: words.get(key) for key in brief} for words in said]}
+    brief = ("shard", "started", "finished", "command", "asked", "interrupted", *_MACHINE)
+    at_work = [words for words in said if words.get("asked") != 0] or said[-1:]
+    mixed = [key for key in _MACHINE if any(words.get(key) != at_work[0].get(key) for words in at_work)]
+    found = {**at_work[-1], "interrupted": said[-1].get("interrupted")}
+    found |= {"processes": [{key: words.get(key) for key in brief} for words in said]}
+    return found | ({"mixed": mixed} if mixed else {})

@@ -59,7 +59,7 @@ def to_markdown(summary: Summary) -> str:
     parts = []
     for title, rows in _tables(summary):
         head, body = overall(rows)
-        parts += [f"### {title}", _markdown(head, body), note(rows)]
+        parts += [f"### {title}", _markdown(head, body), note(rows) + _mixed(summary, rows[0].job)]
         tasks = [row.task for row in rows if row.task != OVERALL]
         if len(set(tasks)) > 1:
             parts += [f"Speed-up {_baseline(rows)} by task", _markdown(*by_task(rows))]
@@ -124,8 +124,16 @@ def note(rows: Sequence[SummaryRow]) -> str:
     skipped = f"; {row.skipped} turns beyond the context were skipped" if row.skipped else ""
     return (
         f"Outside the brackets: texts that do not end in a loop; in brackets: all texts ({share}){skipped}. "
-        "Accepted tokens are a mean per target pass, bonus included; speed-ups are of whole calls, prefill included."
+        "Accepted tokens are a mean per target pass, bonus included; speed-ups are of whole calls, prefill included. "
+        "Greedy texts are compared with the plain loop's, those of the plain loop (none) with transformers'."
     )
+
+
+def _mixed(summary: Summary, job: str | None) -> str:
+    """A warning where the processes of a run, or of a job, were not alike."""
+    known = summary.provenance if job is None else summary.provenance.get("jobs", {}).get(job, {})
+    mixed = known.get("mixed")
+    return f" **The processes of this run differ in {', '.join(mixed)}**: see its provenance." if mixed else ""
 
 
 def _tables(summary: Summary) -> list[tuple[str, list[SummaryRow]]]:
