@@ -24,13 +24,13 @@ from drafters.none import NoDrafter
 from drafters.prompt_lookup import PromptLookup
 from drafters.suffix_automaton import SamDecoding
 from drafters.token_recycling import TokenRecycling
-from drafters.tries import by_row, most_frequent
+from drafters.tries import by_row, chain_nodes, most_frequent
 from specdec.build import build_drafter
 from specdec.demo.heldout import heldout_functions
 from specdec.interfaces import DecodeState, History, Prefill, Verification
 from specdec.loading import demo_target
 from specdec.metrics import SpeculationStats, ends_in_loop
-from specdec.tree import PADDING, Draws, TokenTree, Topology
+from specdec.tree import PADDING, Draws, TokenTree, Topology, pad_rows
 from test_acceptance import random_tree
 from test_contract import generate, model_of, prompts
 from zoo import VOCAB
@@ -284,6 +284,28 @@ def test_hybrid_with_drafters_that_run_a_model(auxiliary: str) -> None:
     generate(model, drafter, inputs, do_sample=True, top_k=8)
     assert drafter._together == (auxiliary in ("early_exit", "chain", "rsd_c"))
     assert not isinstance(theirs, Watched) or theirs.compared > 20
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_nodes_of_others_are_not_taken_for_ones_own(mixed: bool) -> None:
+    """Beside, or instead of, a draft of one node stands the text that plain decoding writes."""
+    model, inputs = model_of("llama"), prompts(3)
+    expected = generate(model, "none", inputs)[0].sequences.tolist()
+    texts = [row[inputs["input_ids"].shape[1] :] for row in expected]
+
+    class Beside(Watched):
+        def propose(self, state: DecodeState) -> TokenTree:
+            served = [done or row == 0 or not mixed for row, done in enumerate(state.finished)]
+            asked = replace(state, finished=served if mixed else state.finished)
+            theirs = None if all(asked.finished) else super().propose(asked)
+            right = [texts[row][count : count + 4] for row, count in enumerate(state.emitted)]
+            rows = [chain_nodes([] if done else right[row]) for row, done in enumerate(state.finished)]
+            ours = pad_rows(state.root, [ids for ids, _ in rows], [above for _, above in rows], ("text",))
+            return ours if theirs is None or not mixed else by_row(ours, theirs, served, self)
+
+    drafter = Beside(shape="chain", depth=1)
+    assert generate(model, drafter, inputs)[0].sequences.tolist() == expected
+    assert drafter.compared > 3
 
 
 def test_rows_go_together_where_trees_cannot_share() -> None:
