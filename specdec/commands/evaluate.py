@@ -130,7 +130,7 @@ def _choice(group: str, otherwise: str) -> str:
 
 def _command() -> list[str]:
     """As typed; of a job, which may run in a process of a launcher, what its sweep came to."""
-    return ["specdec", "evaluate", *_overrides()] if _in_sweep() else sys.argv
+    return ["specdec", "evaluate", *(_overrides() if _in_sweep() else sys.argv[1:])]
 
 
 def _in_sweep() -> bool:
