@@ -27,22 +27,19 @@ from specdec.loading import Loaded, demo_target
 from specdec.metrics import SpeculationStats
 
 NEW_TOKENS = 96
-DEPTH = 4
 BATCH = 10
-# Budget in node slots -> name -> options of the drafter. No RSD-C of 4 levels has 24 nodes and narrows steadily.
-METHODS: dict[int, dict[str, dict[str, Any]]] = {
-    12: {
-        "i.i.d., 3 chains": {"shape": "chains", "width": 3},
-        "RSD-C, 3-1-1-1": {"shape": "rsd_c", "branching": [3, 1, 1, 1]},
-        "RSD-S, width 3": {"shape": "rsd_s", "width": 3},
-    },
-    24: {
-        "i.i.d., 6 chains": {"shape": "chains", "width": 6},
-        "RSD-C, 6-1-1-1": {"shape": "rsd_c", "branching": [6, 1, 1, 1]},
-        "RSD-C, 3-2-1-1 (21 nodes)": {"shape": "rsd_c", "branching": [3, 2, 1, 1]},
-        "RSD-C, 2-2-2-1 (22 nodes)": {"shape": "rsd_c", "branching": [2, 2, 2, 1]},
-        "RSD-S, width 6": {"shape": "rsd_s", "width": 6},
-    },
+# (Node slots, levels) -> name -> options of the drafter. No RSD-C of 4 levels has 24 nodes and narrows steadily.
+METHODS: dict[tuple[int, int], dict[str, dict[str, Any]]] = {
+    (width * depth, depth): {
+        f"i.i.d., {width} chains": {"shape": "chains", "width": width, "depth": depth},
+        f"RSD-C, {width} then 1": {"shape": "rsd_c", "branching": [width, *[1] * (depth - 1)]},
+        f"RSD-S, width {width}": {"shape": "rsd_s", "width": width, "depth": depth},
+    }
+    for width, depth in ((2, 4), (3, 4), (4, 6), (6, 4))
+}
+METHODS[24, 4] |= {
+    "RSD-C, 3-2-1-1 (21 nodes)": {"shape": "rsd_c", "branching": [3, 2, 1, 1]},
+    "RSD-C, 2-2-2-1 (22 nodes)": {"shape": "rsd_c", "branching": [2, 2, 2, 1]},
 }
 console = Console()
 
@@ -50,7 +47,7 @@ console = Console()
 def measure(loaded: Loaded, texts: list[str], seeds: int, **options: Any) -> SpeculationStats:
     """Statistics of one method over all prompts and seeds."""
     model = loaded.model
-    specdec.speculate(model, "draft_model", path="demo", depth=DEPTH, **options)
+    specdec.speculate(model, "draft_model", path="demo", **options)
     encoded = [loaded.encode(text)[0] for text in texts]
     try:
         for seed in range(seeds):
@@ -95,12 +92,14 @@ def main() -> None:
     loaded = demo_target(args.dtype, "cpu")
     texts = [question.turns[0] for question in heldout(str(args.gsm8k))[: args.rows]]
     results: dict[str, dict[str, float]] = {}
-    table = Table("node slots", "method", "mean accepted tokens", "distinct nodes per step")
-    todo = [(budget, name, options) for budget, methods in METHODS.items() for name, options in methods.items()]
-    for budget, name, options in track(todo, "methods", console=console):
-        figures = results[f"{budget} nodes, {name}"] = summary(measure(loaded, texts, args.seeds, **options))
+    table = Table("node slots", "levels", "method", "mean accepted tokens", "distinct nodes per step")
+    todo = [(*size, name, options) for size, methods in METHODS.items() for name, options in methods.items()]
+    for budget, levels, name, options in track(todo, "methods", console=console):
+        figures = results[f"{budget} nodes, {levels} levels, {name}"] = summary(
+            measure(loaded, texts, args.seeds, **options)
+        )
         error = f"{figures['mean_accepted_tokens']:.3f} ± {figures['standard_error']:.3f}"
-        table.add_row(str(budget), name, error, f"{figures['distinct_nodes']:.1f}")
+        table.add_row(str(budget), str(levels), name, error, f"{figures['distinct_nodes']:.1f}")
     console.print(table)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
