@@ -200,6 +200,28 @@ def test_different_questions_are_said_and_kept_apart(tmp_path: Path, small: Path
     ]
 
 
+def test_the_same_selection_of_other_questions_is_told(small: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", ())
+    text = json.loads((other / SUMMARY).read_text())
+    text["provenance"]["config"]["questions_sha256"] = "0123456789abcdef"
+    (other / SUMMARY).write_text(json.dumps(text))
+    figures = Figures(find_runs([small, other]))
+    assert [setting.label(figures.settings) for setting in figures.settings] == ["questions –", 'questions "01234567"']
+
+
+def test_lines_end_where_no_pass_went(run: Path) -> None:
+    """Beyond the depth at which nothing was accepted, shares of nothing are not drawn."""
+    figures = Figures(find_runs([run]))
+    for method in figures.methods:
+        for row in method.rows:
+            if row.acceptance_by_depth:
+                row.acceptance_by_depth = [0.5, 0.2, 0.0, 0.0]
+                row.conditional_acceptance_by_depth = [0.5, 0.4, 0.0, 0.0]
+    for conditional, expected in ((False, [0.5, 0.2, 0.0]), (True, [0.5, 0.4, 0.0])):
+        for line in figures.depths(figures.settings[0], conditional):
+            assert [y for _, y in line.points] == expected
+
+
 def test_folders_name_variants_where_overrides_do_not(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, DRAFTERS[1:2]) for name in ("monday", "friday")]
     figures = Figures(find_runs(folders))

@@ -239,12 +239,12 @@ def _draw_bars(
                 )  # fmt: skip
         text = axes.annotate(
             f"{bar.value:.2f}x", (reach(bar), row), (8, 0), textcoords="offset points", va="center",
-            fontsize=11, fontweight="bold", color=theme.ink,
+            fontsize=11, fontweight="bold", color=theme.ink, bbox=_behind(theme), zorder=5,
         )  # fmt: skip
         if bar.note and not narrow:
             axes.annotate(
                 bar.note, (1, 0.5), (8, 0), xycoords=text, textcoords="offset points", va="center",
-                fontsize=10.5, color=theme.muted,
+                fontsize=10.5, color=theme.muted, bbox=_behind(theme), zorder=5,
             )  # fmt: skip
     axes.axvline(1.0, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)), zorder=3)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8, steps=[1, 2, 2.5, 5, 10]))
@@ -310,8 +310,13 @@ def _bar_axis(axes: Axes, labels: Sequence[str], theme: Theme, pitch: int, narro
     for row, label in enumerate(labels):
         axes.annotate(
             label, (0, row), (0, 8), textcoords="offset points", va="bottom", fontsize=11, color=theme.ink, zorder=5,
-            bbox={"facecolor": theme.surface, "edgecolor": "none", "pad": 1},
+            bbox=_behind(theme),
         )  # fmt: skip
+
+
+def _behind(theme: Theme) -> dict[str, Any]:
+    """What keeps lines from running through a text."""
+    return {"facecolor": theme.surface, "edgecolor": "none", "pad": 1}
 
 
 def _repeats(theme: Theme, color: int | None) -> bool:

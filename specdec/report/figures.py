@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from specdec.evaluation.records import COLD, STATELESS, WARM, SummaryRow
 from specdec.report.charts import PARTS, Bar, Histogram, Line, Panel, Split
-from specdec.report.runs import Run
+from specdec.report.runs import SELECTION, Run
 
 OVERALL, ALL_ROWS, NON_LOOPING = "overall", "all", "non_looping"
 _PARTS = ("drafter.", "acceptance", "verifier", "tree")  # overrides that say what a method is
@@ -43,7 +44,7 @@ class Setting:
         ]
         varying = [text for name, text in parts if len({getattr(other, name) for other in among}) > 1]
         own = dict(self.workload)
-        varying += [f"{key.replace('_', ' ')} {own.get(key)}" for key in differing(s.workload for s in among)]
+        varying += [f"{key.replace('_', ' ')} {own.get(key, '–')}" for key in differing(s.workload for s in among)]
         return ", ".join(varying or [parts[3][1], parts[4][1]])
 
 
@@ -188,9 +189,13 @@ class Figures:
         lines = []
         for method in self.of(setting):
             row = method.row()
-            shares = row and (row.conditional_acceptance_by_depth if conditional else row.acceptance_by_depth)
+            if row is None or not row.acceptance_by_depth:
+                continue
+            shares = row.conditional_acceptance_by_depth if conditional else row.acceptance_by_depth
+            # Beyond the first depth at which nothing was accepted no pass has been.
+            reached = [*itertools.takewhile(lambda share: share > 0, row.acceptance_by_depth), 0.0]
             if shares:
-                lines.append(Line(method.label, self.color(method), list(enumerate(shares, start=1))))
+                lines.append(Line(method.label, self.color(method), list(enumerate(shares[: len(reached)], start=1))))
         return lines
 
     def splits(self, setting: Setting) -> list[Split]:
@@ -240,7 +245,9 @@ def differing(workloads: Iterable[tuple[tuple[str, str], ...]]) -> list[str]:
     """Names of what several workloads do not share."""
     distinct = [dict(workload) for workload in dict.fromkeys(workloads)]
     names = _unique(name for workload in distinct for name in workload)
-    return [name for name in names if len({workload.get(name) for workload in distinct}) > 1]
+    found = [name for name in names if len({workload.get(name) for workload in distinct}) > 1]
+    # Other questions are told by how they were chosen, where that differs.
+    return [name for name in found if name != "questions" or not SELECTION.intersection(found)]
 
 
 def _but_batch(setting: Setting) -> Setting:

@@ -10,9 +10,8 @@ from typing import Any
 
 from specdec.evaluation.records import ANSWERS, SUMMARY, Summary, read_summary
 
-_ASKED = (
-    "data", "categories", "per_category", "limit", "sample", "chat", "max_new_tokens", "top_k", "top_p",
-)  # fmt: skip
+SELECTION = frozenset({"data", "categories", "per_category", "limit", "sample", "seed"})
+_ASKED = (*sorted(SELECTION - {"seed"}), "chat", "max_new_tokens", "top_k", "top_p")
 
 
 @dataclass
@@ -64,6 +63,8 @@ class Run:
         asked = {key: config[key] for key in _ASKED if key in config} if isinstance(config, dict) else {}
         if isinstance(config, dict) and config.get("sample"):
             asked["seed"] = config.get("seed")
+        if isinstance(config, dict) and config.get("questions_sha256"):
+            asked["questions"] = str(config["questions_sha256"])[:8]
         asked["threads"] = self.provenance.get("threads")
         return tuple((key, json.dumps(value, default=str)) for key, value in asked.items())
 
