@@ -40,7 +40,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def _blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
     """All blocks ``[R * V/block, block]`` of the R rows, and their maxima ``[R, V/block]``."""
-    blocks = scores.float().reshape(-1, scores.shape[-1] // _BLOCK, _BLOCK)
+    # A slice of wider scores reshapes into a view that cannot be flattened again.
+    blocks = scores.float().contiguous().view(-1, scores.shape[-1] // _BLOCK, _BLOCK)
     return blocks.view(-1, _BLOCK), blocks.amax(-1)
 
 

@@ -24,3 +24,9 @@ def test_top_k_in_order(size: int) -> None:
 def test_a_row_of_equal_scores() -> None:
     assert argmax(torch.zeros(2, 2048)).tolist() == [0, 0]
     assert argmax(torch.full((1, 2048), -torch.inf)).tolist() == [0]
+
+
+def test_a_slice_of_wider_scores() -> None:
+    scores = torch.randn(8, 5, 4096, generator=torch.Generator().manual_seed(0))[:, -1:]
+    assert torch.equal(argmax(scores), scores.argmax(-1))
+    assert torch.equal(top_k(scores, 6), scores.topk(6).indices)
