@@ -147,3 +147,10 @@ def test_check_fails(wrong: TokenTree, message: str) -> None:
 def test_check_fails_in_any_row() -> None:
     with pytest.raises(AssertionError, match="distinct"):
         TokenTree(torch.tensor([[1, 2, 3], [1, 2, 2]]), Topology(torch.tensor([[0, 0, 0]]), 1)).check()
+
+
+def test_candidates_follow_a_new_role() -> None:
+    proposed = tree([0, 0, 0], [5, 1, 2], 1, [CANDIDATE, CANDIDATE, CANDIDATE])
+    assert proposed.candidates is not None and bool(proposed.candidates.all())  # noqa: PT018
+    proposed.role = torch.tensor([[CANDIDATE, PADDING, CANDIDATE]])
+    assert proposed.candidates.tolist() == [[True, False, True]]
