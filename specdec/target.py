@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -190,12 +191,33 @@ class Target:
             context.cache.move(both[0], both[1])
         context.lengths = [length + len(path) for length, path in zip(context.lengths, paths, strict=True)]
 
-    @torch.inference_mode()
     def head(self, states: Tensor) -> Tensor:
-        """Logits of final states ``[B, T, H]`` -> ``[B, T, V]``, with the model's own soft-cap and scaling."""
+        """Logits of final states ``[B, T, H]`` -> ``[B, T, V]``, with the model's own soft-cap and scaling.
+
+        Gradients reach ``states`` where the caller wants them, the head's own parameters where they are not frozen.
+        """
+        if self._head_is_all:
+            return self.router.head(states)
+        return self._through_model(states)
+
+    @cached_property
+    def _head_is_all(self) -> bool:
+        """Whether the output embedding alone makes the logits: no soft-cap, scaling or slicing comes after it."""
+        with torch.inference_mode():
+            states = torch.linspace(
+                -2, 2, 3 * self.hidden_size, device=self.router.head.weight.device, dtype=self.dtype
+            )
+            states = states.view(1, 3, -1)
+            return torch.equal(self.router.head(states), self._through_model(states))
+
+    def _through_model(self, states: Tensor) -> Tensor:
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
         with self.router.head_sees(states):
             return self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+
+    def embedding(self, token_ids: Tensor) -> Tensor:
+        """The input embedding of ``token_ids [...]`` -> ``[..., H]``, without positions."""
+        return self.model.get_input_embeddings()(token_ids)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """What enters layer 0 for ``token_ids [B, T]`` -> ``[B, T, H]``, with the model's own scaling."""
@@ -205,7 +227,9 @@ class Target:
 
     def top_k(self, states: Tensor, k: int) -> Tensor:
         """Ids of the k most likely successors of final states ``[B, T, H]`` -> int64 ``[B, T, k]``, head in chunks."""
-        return torch.cat([top_k(self.head(part), k) for part in states.split(_HEAD_CHUNK, dim=1)], dim=1)
+        with torch.inference_mode():
+            parts = [top_k(self.head(part), k) for part in states.split(_HEAD_CHUNK, dim=1)]
+        return torch.cat(parts, dim=1)
 
     def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int) -> dict[str, Any]:
         """Keyword arguments of a pass over nodes ``[start, stop)``."""
