@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,20 @@ from specdec.tree import TokenTree
 PHASES = ("prefill", "draft", "verify", "commit")
 MIN_LOOP_SPAN = 8
 LONG_REPETITION = 48
+
+
+class _Phase:
+    # By hand, because every step enters several: a generator's context costs as much as a small operation of torch.
+    __slots__ = ("_name", "_seconds", "_start")
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] += time.perf_counter() - self._start
 
 
 @dataclass
@@ -92,14 +105,9 @@ class SpeculationStats:
         self.offered_at_depth.update(depths)
         self.reached_at_depth.update(depth for depth in depths if depth <= accepted + 1)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the wall clock of the block to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+    def phase(self, name: str) -> _Phase:
+        """A block whose wall clock is added to a phase."""
+        return _Phase(self.seconds, name)
 
     @property
     def mean_accepted_tokens(self) -> float:

@@ -29,6 +29,8 @@ from torch import Tensor
 # Roles of a node. Feed-only nodes are computed but can never be accepted; padding fills a row up to N.
 CANDIDATE, FEED_ONLY, PADDING = 0, 1, 2
 
+_MASK_BUCKET = 256  # columns by which kept masks grow
+
 # How a child came to be (Draws.kind).
 POINT, WITH_REPLACEMENT, WITHOUT_REPLACEMENT = 0, 1, 2
 
@@ -107,12 +109,19 @@ class Topology:
             return table[0].index_select(0, nodes)
         return table[torch.arange(table.shape[0], device=table.device), nodes]
 
-    def additive_mask(self, dtype: torch.dtype) -> Tensor:
-        """``[1 or B, 1, N, N]``: 0 where a node sees another, ``finfo.min`` elsewhere (-inf breaks eager attention)."""
-        if dtype not in self._additive:
-            mask = torch.zeros(self.ancestors.shape, dtype=dtype, device=self.parents.device)
-            self._additive[dtype] = mask.masked_fill_(~self.ancestors, torch.finfo(dtype).min).unsqueeze(1)
-        return self._additive[dtype]
+    def additive_mask(self, dtype: torch.dtype, prefix: int = 0) -> Tensor:
+        """``[1 or B, 1, N, prefix + N]``: 0 where a node sees another, ``finfo.min`` elsewhere (-inf breaks eager
+        attention), behind ``prefix`` columns that all nodes see.
+
+        A view of a wider mask that is kept, so that a shape that recurs costs one slice whatever the prefix.
+        """
+        kept = self._additive.get(dtype)
+        if kept is None or kept.shape[-1] < prefix + self.num_nodes:
+            width = -(-prefix // _MASK_BUCKET) * _MASK_BUCKET + self.num_nodes
+            kept = torch.zeros(*self.parents.shape, width, dtype=dtype, device=self.parents.device)
+            kept[..., width - self.num_nodes :].masked_fill_(~self.ancestors, torch.finfo(dtype).min)
+            self._additive[dtype] = kept = kept.unsqueeze(1)
+        return kept[..., kept.shape[-1] - self.num_nodes - prefix :]
 
     def to(self, device: torch.device) -> Topology:
         """The same shape on another device (itself where it is there already)."""

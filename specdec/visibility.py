@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from specdec.tree import Topology
 
@@ -81,7 +80,7 @@ def _mask(
     if uniform and reaches_all:
         if nodes.stop == 1:
             return None
-        mask = F.pad(topology.additive_mask(dtype)[:, :, nodes, : nodes.stop], (longest, 0))
+        mask = topology.additive_mask(dtype, longest)[:, :, nodes, : longest + nodes.stop]
         return mask.expand(len(lengths), -1, -1, -1)
     visible = _visible(kind if not reaches_all else FULL, size, topology, nodes, lengths)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)

@@ -46,6 +46,8 @@ def test_topology(count: int, rows: int, narrow: bool) -> None:
         assert mask.shape == (rows, 1, count, count)
         assert torch.equal(mask[:, 0] == 0, topology.ancestors)
         assert bool((mask[:, 0][~topology.ancestors] == torch.finfo(dtype).min).all())
+        for prefix in (1, 300, 7, 256, 0):
+            assert torch.equal(topology.additive_mask(dtype, prefix), torch.nn.functional.pad(mask, (prefix, 0)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 65])
