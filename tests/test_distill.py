@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ QUESTIONS = [
     {"question_id": f"q{number}", "turns": [f"Nina has {number} boxes with 3 pencils each. How many pencils?"]}
     for number in range(2, 9)
 ]
+IDS = [f"q{number}" for number in range(2, 9)]
 
 
 def distill(*arguments: Any) -> int:
@@ -48,9 +50,7 @@ def _same_arguments_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> Loaded:
-    loaded = demo_target("float32", "cpu")
-    loaded.model.generation_config.max_length = None
-    return loaded
+    return demo_target("float32", "cpu")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_answers_are_the_targets_own_and_read_back(
     output = tmp_path / "new" / "answers.jsonl"
     assert distill(*asked, f"output={output}", "max_new_tokens=100") == 0
     made = lines(output)
-    assert sorted(record["id"] for record in made) == sorted(question["question_id"] for question in QUESTIONS)
+    assert sorted(record["id"] for record in made) == IDS
     read = corpus.chat(str(output))
     assert read.skipped == []
     encoder, ends = Encoder.of(demo), list[bool]()
@@ -124,20 +124,19 @@ def test_it_goes_on_behind_a_torn_line(tmp_path: Path, asked: list[str], capsys:
     after = output.read_bytes()
     kept = whole[: whole[:-1].rfind(b"\n") + 1]
     assert after.startswith(kept)
-    assert sorted(record["id"] for record in lines(output)) == [question["question_id"] for question in QUESTIONS]
+    assert sorted(record["id"] for record in lines(output)) == IDS
     assert "3 of 7 prompts were answered before" in capsys.readouterr().err
     assert [start["answers"] for start in provenance(output)["starts"]] == [4, 4]
     alone = tmp_path / "alone.jsonl"
     assert distill(*asked, f"output={alone}") == 0
-    key = lambda record: record["id"]  # noqa: E731
-    assert sorted(lines(alone), key=key) == sorted(lines(output), key=key)
+    assert sorted(lines(alone), key=itemgetter("id")) == sorted(lines(output), key=itemgetter("id"))
     assert distill(*asked, f"output={output}") == 0
     assert output.read_bytes() == after
 
 
 def test_killed_at_any_moment(tmp_path: Path, asked: list[str]) -> None:
     output = tmp_path / "answers.jsonl"
-    arguments = [*asked, f"output={output}", "batch_size=1", "max_new_tokens=60"]
+    arguments = [*asked, f"output={output}", "batch_size=1", "max_new_tokens=24"]
     code = f"import sys; sys.argv = ['specdec', 'distill', *{arguments!r}]; from specdec.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
@@ -150,7 +149,7 @@ def test_killed_at_any_moment(tmp_path: Path, asked: list[str]) -> None:
     assert distill(*arguments) == 0
     after = lines(output)
     assert after[: len(before)] == before
-    assert sorted(record["id"] for record in after) == [question["question_id"] for question in QUESTIONS]
+    assert sorted(record["id"] for record in after) == IDS
 
 
 def test_interrupted(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +192,7 @@ def test_shards_write_files_of_their_own(tmp_path: Path, asked: list[str]) -> No
     for shard in ("1/2", "2/2"):
         assert distill(*asked, f"output={output}", f"shard={shard}") == 0
     read = corpus.chat(str(tmp_path / "answers.shard*of2.jsonl"))
-    assert sorted(str(document.document_id) for document in read.documents) == [q["question_id"] for q in QUESTIONS]
+    assert sorted(str(document.document_id) for document in read.documents) == IDS
     assert not output.exists()
 
 
@@ -241,8 +240,8 @@ def test_a_full_disk_says_how_to_go_on(
 
 def test_each_turn_is_answered_in_turn(tmp_path: Path, demo: Loaded) -> None:
     turns = [
-        "Write a Python function `get_name(self)`: Return the name.",
-        "Write a Python function `close(self)`: Close.",
+        "Write a Python function `__len__(self)`: Return the length.",
+        "Write a Python function `close(self)`: Close the file.",
     ]
     talks = [{"question_id": 1, "turns": turns}, {"question_id": 2, "turns": [QUESTIONS[0]["turns"][0], "And twice?"]}]
     output = tmp_path / "answers.jsonl"

@@ -78,7 +78,7 @@ def test_answers_with_their_end(tokenizer: Any) -> None:
 def test_nothing_behind_the_end_of_an_answer(tokenizer: Any) -> None:
     (text,) = encoder(tokenizer, LINES)(talk("How many?", "Two.", "Thanks", "Bye"))
     assert wanted(tokenizer, text) == ["Two.<|end|>", "Bye<|end|>"]
-    assert tokenizer.decode(text.token_ids[-3:].tolist()) == "Bye<|end|>\n"
+    assert tokenizer.decode(text.token_ids[-4:].tolist()) == "Bye<|end|>\n"
 
 
 def test_generation_blocks_say_it_themselves(tokenizer: Any) -> None:
@@ -110,7 +110,7 @@ def test_a_template_that_drops_reasoning_gives_each_answer_its_own_text(tokenize
         assert text.token_ids[: len(prompt)].tolist() == prompt
         assert not text.wanted[: len(prompt)].any()
         assert text.wanted[len(prompt) :].all()
-    assert wanted(tokenizer, second) == ["y</think>d<|endoftext|>"]
+    assert wanted(tokenizer, second) == ["y</think>d<|end|>"]
     assert "<think>x" not in tokenizer.decode(second.token_ids.tolist())
 
 

@@ -262,5 +262,5 @@ def _texts_of(file: Path, sample_by: str) -> Iterator[Document]:
     if sample_by == "document":
         parts = [content]
     else:
-        parts = re.split(r"\n[ \t]*\n" if sample_by == "paragraph" else r"\n", content)
+        parts = re.split(r"\n(?:[ \t]*\n)+" if sample_by == "paragraph" else r"\n", content)
     yield from (Document(text=part) for part in parts if part.strip())

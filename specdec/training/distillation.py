@@ -86,7 +86,7 @@ def tasks_of(source: Sequence[Question] | Corpus) -> list[Task]:
     Raises:
         ValueError: there is no user's turn in the whole source.
     """
-    found = source.documents if isinstance(source, Corpus) else source
+    found: Sequence[Question | Document] = source.documents if isinstance(source, Corpus) else source
     tasks, seen = list[Task](), Counter[int | str]()
     for number, item in enumerate(found, start=1):
         task = _task(item, number)
