@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from specdec.loading import DEMO_FOLDER, Loaded
 from specdec.training.corpus import Document
@@ -34,6 +35,16 @@ STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Takes the space around what is said away.
+TRIMMED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Nothing but the turn itself says that an answer begins.
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -92,13 +103,50 @@ def test_generation_blocks_say_it_themselves(tokenizer: Any) -> None:
     assert wanted(tokenizer, text) == ["    return 1\n"]
 
 
-@pytest.mark.parametrize("template", [None, LINES, GENERATION, STRICT])
+@pytest.mark.parametrize("template", [None, LINES, GENERATION, STRICT, TRIMMED])
 def test_a_cut_answer_ends_where_it_was_cut(template: str | None, tokenizer: Any) -> None:
     made = Encoder(tokenizer) if template is None else encoder(tokenizer, template)
     end = "<|endoftext|>" if template is None else "<|end|>"
     (text,) = made(talk("How many?", "Two.", "And?", "The en", finished=False))
     assert wanted(tokenizer, text) == [f"Two.{end}", "The en"]
     assert text.wanted[-1], "nothing stands behind it"
+
+
+def test_a_template_that_trims(tokenizer: Any) -> None:
+    (text,) = encoder(tokenizer, TRIMMED)(talk("a", " Two. ", "b", " The en ", finished=False))
+    assert wanted(tokenizer, text) == ["Two.<|end|>", "The en"]
+
+
+def test_brackets(tokenizer: Any) -> None:
+    tokenizer.chat_template = BRACKETS
+    (text,) = Encoder(tokenizer)(talk("a", "Two.", "b", "The en", finished=False))
+    assert wanted(tokenizer, text) == [" Two.<|endoftext|>", " The en"]
+
+
+def test_offsets_without_the_space_before_a_word(tokenizer: Any) -> None:
+    """As GPT-2's and Llama-3's tokenizers have them."""
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    document = talk("  a  ", "    return  1   ", "b", "   ")
+    (text,) = Encoder(tokenizer)(document)
+    assert wanted(tokenizer, text) == ["    return  1   <|endoftext|>", "   <|endoftext|>"]
+
+
+def test_a_tokenizer_that_marks_words() -> None:
+    """As Llama-2's and Mistral's: a word carries the space before it, and the first one gets one."""
+    words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    words.train_from_iterator(["two three four"] * 9, trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = BRACKETS.replace("[INST]", "two").replace("[/INST]", "three")
+    (text,) = Encoder(fast)(talk("four", "two four", "three", "four two"))
+    assert [said.strip() for said in wanted(fast, text)] == ["two four</s>", "four two</s>"]
+    assert fast.decode(text.token_ids.tolist()) == fast.decode(
+        fast.apply_chat_template([dict(turn) for turn in talk("four", "two four", "three", "four two").messages])[
+            "input_ids"
+        ]
+    )
 
 
 def test_a_template_that_drops_reasoning_gives_each_answer_its_own_text(tokenizer: Any) -> None:

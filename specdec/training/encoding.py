@@ -189,7 +189,8 @@ class Encoder:
         else:
             whole, spans = self._show(messages), list[tuple[int, int]]()
             for index in answers:
-                begun, done = self._show(messages[:index], ask=True), self._show(messages[: index + 1])
+                begun = self._show(messages[:index], ask=True)
+                done = whole if index == answers[-1] else self._show(messages[: index + 1])
                 if not (done.startswith(begun) and whole.startswith(done)):
                     return [self._alone(messages[: i + 1], finished or i < answers[-1]) for i in answers]
                 spans.append((len(begun), len(done)))
