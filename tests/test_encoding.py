@@ -31,6 +31,12 @@ REASONING = (
     "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
+# The same, but new answers begin like the last one.
+FORGETFUL = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -129,6 +135,10 @@ def test_offsets_without_the_space_before_a_word(tokenizer: Any) -> None:
     document = talk("  a  ", "    return  1   ", "b", "   ")
     (text,) = Encoder(tokenizer)(document)
     assert wanted(tokenizer, text) == ["    return  1   <|endoftext|>", "   <|endoftext|>"]
+    (text,) = Encoder(tokenizer)(talk("a", "b  c   ", finished=False))
+    assert wanted(tokenizer, text) == ["b  c   "]
+    (text,) = Encoder(tokenizer)(Document(text="def f():\n    <|end|>", prompt="def f():\n    ", finished=False))
+    assert wanted(tokenizer, text) == ["<|end|>"]
 
 
 def test_a_tokenizer_that_marks_words() -> None:
@@ -149,15 +159,17 @@ def test_a_tokenizer_that_marks_words() -> None:
     )
 
 
-def test_a_template_that_drops_reasoning_gives_each_answer_its_own_text(tokenizer: Any) -> None:
+@pytest.mark.parametrize("template", [REASONING, FORGETFUL])
+def test_a_template_that_drops_reasoning_gives_each_answer_its_own_text(template: str, tokenizer: Any) -> None:
     document = talk("a", "<think>x</think>b", "c", "y</think>d")
-    first, second = encoder(tokenizer, REASONING)(document)
+    first, second = encoder(tokenizer, template)(document)
     messages = [dict(turn) for turn in document.messages]
     for text, turns in ((first, 1), (second, 3)):
         prompt = prompt_of(tokenizer, messages[:turns])
         assert text.token_ids[: len(prompt)].tolist() == prompt
         assert not text.wanted[: len(prompt)].any()
         assert text.wanted[len(prompt) :].all()
+    assert wanted(tokenizer, first) == ["<think>x</think>b<|end|>"]
     assert wanted(tokenizer, second) == ["y</think>d<|end|>"]
     assert "<think>x" not in tokenizer.decode(second.token_ids.tolist())
 

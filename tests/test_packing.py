@@ -50,6 +50,7 @@ def test_the_worked_example() -> None:
     }
     assert (len(packed), packed.num_texts, packed.num_tokens, packed.num_wanted) == (1, 2, 7, 4)
     assert packed.fill == 7 / 8
+    assert PackedTexts([text(5, 6)], length=5)[0]["positions"].tolist() == [0, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("longest", [1, 7, 32])
