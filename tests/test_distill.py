@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 from specdec import cli
+from specdec.build import config_dir
+from specdec.commands._data import corpus_of
 from specdec.evaluation.data import Question
 from specdec.loading import Loaded, demo_target
 from specdec.training import corpus
@@ -358,6 +361,17 @@ def test_tasks() -> None:
     assert [task.task_id for task in selected(tasks, 4, "2/2")] == [1, 3]
     with pytest.raises(ValueError, match="nothing is left to answer: 5 prompts, limit=1, shard=2/2"):
         selected(tasks, 1, "2/2")
+
+
+def test_a_command_that_learns_asks_for_texts(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}) + "\n")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        questions_only = compose("distill")
+        texts = compose("distill", overrides=["data=chat", f"data.path={path}"])
+    assert len(corpus_of(texts).documents) == 1
+    with pytest.raises(ValueError, match="expected texts to learn from: chat, demo_corpus, text "):
+        corpus_of(questions_only)
 
 
 MISTAKES = {
