@@ -24,7 +24,7 @@ from specdec import checkpoints
 from specdec.checkpoints import BASE, WEIGHTS, Checkpoint
 from specdec.interfaces import Tap
 from specdec.target import Target
-from specdec.training.objectives import RANKS, ahead, cross_entropy, hits, learnt, wanted_ahead
+from specdec.training.objectives import RANKS, ahead, hits, learnt, wanted_ahead
 
 WITHIN_MODEL = "medusa_head."
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", WEIGHTS, "pytorch_model.bin")
@@ -290,9 +290,10 @@ def judged(
             losses.append(heads.logits_of(head, states[:1, 0], target).float().sum() * 0)
             found.append(torch.zeros(RANKS, dtype=torch.int64, device=states.device))
             continue
-        logits, everywhere = heads.logits_of(head, states[where], target)[None], where[where][None]
-        losses.append(cross_entropy(logits, labels[None], everywhere))
-        found.append(hits(logits, labels[None], everywhere))
+        # Only what is wanted goes through the output head, the largest part of the work.
+        logits = heads.logits_of(head, states[where], target)
+        losses.append(F.cross_entropy(logits.float(), labels))
+        found.append(hits(logits[None], labels[None], where[where][None]))
     return learnt(losses, [decay ** (head + 1) for head in range(heads.num_heads)], found, counted)
 
 
