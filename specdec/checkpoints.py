@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdec.loading import is_demo
 from specdec.target import Target
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BASE = "base_model_name_or_path"
+DEMO_NAME = "specdec/demo/target"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -165,8 +167,10 @@ def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any],
 
 def base_of(target: Target) -> dict[str, Any]:
     """What a saved drafter remembers of the target that it was trained for."""
+    # Of the embedded target no folder of this machine.
+    name = DEMO_NAME if is_demo(target.model) else getattr(target.model.config, "_name_or_path", "")
     return {
-        BASE: getattr(target.model.config, "_name_or_path", ""),
+        BASE: name,
         "base_hidden_size": target.hidden_size,
         "base_vocab_size": target.vocab_size,
         "base_num_layers": target.num_layers,
