@@ -21,6 +21,7 @@ import specdec
 from drafters.medusa import Medusa
 from drafters.medusa_heads import MedusaHeads
 from specdec import checkpoints
+from specdec.loading import demo_target
 from test_medusa import heads_of, inputs_of, shake, target_of
 from zoo import HIDDEN, VOCAB, build
 
@@ -125,6 +126,16 @@ def test_shared_heads_get_copies_of_the_targets_in_the_first_layout(tmp_path: Pa
         for head in range(2):
             ours, theirs = (heads_of(d).logits_of(head, states, target_of(model_of())) for d in (drafter, again))
             assert torch.equal(ours, theirs)
+
+
+def test_heads_of_the_demo_target_name_no_folder_of_this_machine(tmp_path: Path) -> None:
+    target = target_of(demo_target("bfloat16").model)
+    drafter = Medusa("new", num_heads=2)
+    assert drafter.fit(target) is None
+    drafter.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["base_model_name_or_path"] == "specdec/demo/target"
+    assert Medusa(str(tmp_path)).fit(target) is None
+    assert f"is for specdec/demo/target with hidden_size=256, not {HIDDEN}" in refusal(tmp_path)
 
 
 def test_layouts_that_have_no_place_for_the_heads(tmp_path: Path) -> None:
