@@ -101,6 +101,7 @@ class Medusa(BaseDrafter):
                 return reason
         assert self.heads is not None
         self._target = target
+        self.heads.to(target.router.head.weight.device)
         return self._shape(self.heads, target)
 
     def _load(self, target: Target) -> str | None:

@@ -50,14 +50,19 @@ class MedusaHeads(nn.Module):
         hidden: H.
         choices: C, rows of the heads' own output heads; None = they share the target's.
         where: dtype and device of the parameters.
+
+    Attributes:
+        token_map: int64 ``[C]``, the token of each row of the output heads where they know a part of the vocabulary.
     """
+
+    token_map: Tensor | None
 
     def __init__(self, num_heads: int, num_layers: int, hidden: int, choices: int | None = None, **where: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(num_heads, hidden, **where) for _ in range(num_layers))
         self.output = None if choices is None else nn.Parameter(torch.zeros(num_heads, choices, hidden, **where))
         self.num_heads, self.num_layers = num_heads, num_layers
-        self.token_map: Tensor | None = None  # int64 [C], where that is a part of the vocabulary
+        self.register_buffer("token_map", None, persistent=False)
 
     def forward(self, x: Tensor, count: int | None = None) -> Tensor:
         """What enters the output heads: ``x [..., H]`` -> ``[..., K, H]``, of the first ``count`` heads."""
