@@ -11,7 +11,8 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdec.loading import is_demo
 from specdec.target import Target
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BASE = "base_model_name_or_path"
+DEMO_NAME = "specdec/demo/target"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -35,13 +38,17 @@ class Checkpoint:
         weights: name -> tensor.
         config: of the drafter, as published; empty where there is none.
         place: what errors call it.
+        beside: names of a whole model's tensors, among which the drafter's lie and which were not read.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], place: str) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], config: Mapping[str, Any], place: str, beside: Sequence[str] = ()
+    ) -> None:
         self._weights = dict(weights)
         self.config = dict(config)
         self.place = place
-        self.ignored: list[str] = []
+        self.in_whole_model = bool(beside)
+        self.ignored = [f"{name} (of the whole model, not of the drafter)" for name in beside]
 
     @property
     def keys(self) -> list[str]:
@@ -109,13 +116,17 @@ class Checkpoint:
         return self._weights[key]
 
 
-def read(path: str, files: Sequence[str] = (WEIGHTS, "pytorch_model.bin")) -> Checkpoint:
+def read(
+    path: str, files: Sequence[str] = (WEIGHTS, "pytorch_model.bin"), within_model: str | None = None
+) -> Checkpoint:
     """Open a checkpoint.
 
     Args:
         path: a folder, a file of weights (``config.json`` is looked for beside it), or a hub id.
         files: names of the weights in a folder, in the order in which they are looked for; sharded ones are found
             besides by their index.
+        within_model: what the drafter's names start with where they may lie in one checkpoint with a whole model. If
+            any name starts with it, the others are ignored, and neither fetched nor read into memory.
 
     Raises:
         FileNotFoundError: no such folder or weights; lists what there is.
@@ -125,14 +136,17 @@ def read(path: str, files: Sequence[str] = (WEIGHTS, "pytorch_model.bin")) -> Ch
     if not place.exists():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise FileNotFoundError(f"no checkpoint at {path}; expected a folder with {' or '.join(files)}, or a file")
-        place = _download(path, files)
+        place = _download(path, files, within_model)
     folder = place if place.is_dir() else place.parent
-    parts = _parts(place, files) if place.is_dir() else [place]
+    parts, beside = _parts(place, files, within_model) if place.is_dir() else ([place], [])
     weights: dict[str, Tensor] = {}
     for part in parts:
-        weights |= _tensors(part)
+        found, others = _tensors(part, within_model)
+        weights |= found
+        beside += others
     config = folder / CONFIG
-    return Checkpoint(weights, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}, path)
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return Checkpoint(weights, settings, path, beside)
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], file: str = WEIGHTS) -> None:
@@ -153,8 +167,10 @@ def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any],
 
 def base_of(target: Target) -> dict[str, Any]:
     """What a saved drafter remembers of the target that it was trained for."""
+    # Of the embedded target no folder of this machine.
+    name = DEMO_NAME if is_demo(target.model) else getattr(target.model.config, "_name_or_path", "")
     return {
-        BASE: getattr(target.model.config, "_name_or_path", ""),
+        BASE: name,
         "base_hidden_size": target.hidden_size,
         "base_vocab_size": target.vocab_size,
         "base_num_layers": target.num_layers,
@@ -183,30 +199,42 @@ def _stem(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def _parts(folder: Path, files: Sequence[str]) -> list[Path]:
+def _parts(folder: Path, files: Sequence[str], within_model: str | None) -> tuple[list[Path], list[str]]:
+    """The files to read, and the names in those that need not be."""
     for name in files:
         if (folder / name).is_file():
-            return [folder / name]
+            return [folder / name], []
     for name in _INDICES:
         if (folder / name).is_file():
-            index = json.loads((folder / name).read_text(encoding="utf-8"))
-            return [folder / part for part in sorted(set(index["weight_map"].values()))]
+            file_of = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+            wanted = {file_of[key] for key in _wanted(file_of, within_model)}
+            return [folder / part for part in sorted(wanted)], [key for key in file_of if file_of[key] not in wanted]
     there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(files)}, found {there}")
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _wanted(names: Iterable[str], within_model: str | None) -> list[str]:
+    """The drafter's among these names: all of them, unless some are marked as lying within a whole model."""
+    names = list(names)
+    return [name for name in names if within_model is not None and name.startswith(within_model)] or names
+
+
+def _tensors(file: Path, within_model: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    """The drafter's tensors in one file, and the names of the others."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the index of this checkpoint names it")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                names = list(opened.keys())
+                found = {name: opened.get_tensor(name) for name in _wanted(names, within_model)}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+        return found, [name for name in names if name not in found]
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Mapped where the format allows it, so that only what is taken is read.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # OSError: an archive cut short
         raise ValueError(
             f"{file}: expected a pickle of tensors alone, whole; what needs more is not loaded, because it could run "
             f"any code ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
@@ -214,7 +242,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     named = dict(_flat(loaded))
     if not named:
         raise ValueError(f"{file}: expected named tensors, got {type(loaded).__name__}")
-    return named
+    found = {name: named[name] for name in _wanted(named, within_model)}
+    return found, [name for name in named if name not in found]
 
 
 def _flat(loaded: Any) -> Iterator[tuple[str, Tensor]]:
@@ -226,7 +255,10 @@ def _flat(loaded: Any) -> Iterator[tuple[str, Tensor]]:
                 yield from _flat(value)
 
 
-def _download(path: str, files: Sequence[str]) -> Path:
+def _download(path: str, files: Sequence[str], within_model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, allow_patterns=[CONFIG, *files, *_INDICES, "*-of-*"]))
+    folder = Path(snapshot_download(path, allow_patterns=[CONFIG, *files, *_INDICES]))
+    parts, _ = _parts(folder, files, within_model)
+    missing = [part.name for part in parts if not part.is_file()]
+    return Path(snapshot_download(path, allow_patterns=missing)) if missing else folder
