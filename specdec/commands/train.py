@@ -29,7 +29,7 @@ from specdec.evaluation.records import replace_text
 from specdec.generation import attach, restore, speculation_of
 from specdec.interfaces import Trainable
 from specdec.target import Target
-from specdec.training.features import Frozen
+from specdec.training.features import Frozen, check_packed
 from specdec.training.progress import Bar
 
 CONFIG, METRICS, LOSSES, DRAFTER, PROVENANCE = "config.yaml", "metrics.json", "log.jsonl", "drafter", "provenance.json"
@@ -76,9 +76,9 @@ def run(config: DictConfig) -> float | int | None:
     arguments = training_arguments(
         settings["trainer"] or {}, folder, settings["seed"], target, evaluates=bool(settings["eval_share"])
     )
+    check_packed(target)
     pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
     frozen = Frozen(target, pupil.lesson.taps)
-    frozen.check()
     texts = texts_of(session, _choice("data"), console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
@@ -126,8 +126,6 @@ def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
     from specdec.training.callbacks import write_provenance
 
     folder, config = this.folder / DRAFTER, this.said["config"]
-    # In float32 while it learns; a drafter decodes in the target's dtype.
-    pupil.lesson.to(pupil.target.dtype if config["save_dtype"] is None else getattr(torch, config["save_dtype"]))
     pupil.drafter.save(folder, config["layout"])
     if "acceptance" in metrics:
         path = folder / DRAFTER_CONFIG

@@ -79,24 +79,25 @@ class Frozen:
         """What the states of one token take."""
         return len(self.taps) * self.target.hidden_size * self.target.dtype.itemsize
 
-    def check(self) -> None:
-        """Hold two texts in one row to each of them alone.
 
-        Raises:
-            ValueError: the model lets packed texts see each other.
-        """
-        ids = torch.linspace(0.1, 0.9, 14).mul(self.target.vocab_size).long()[None]
-        positions, cut = torch.cat((torch.arange(6), torch.arange(8)))[None], 6
-        whole = Frozen(self.target, ("final",))
-        packed = whole(ids, positions)["final"].float()
-        alone = [whole(ids[:, part], positions[:, part])["final"] for part in (slice(cut), slice(cut, None))]
-        expected = torch.cat(alone, dim=1).float()
-        difference = (packed - expected).norm() / expected.norm()
-        if not difference < _LEAK:
-            raise ValueError(
-                f"{self.target.name} lets texts that are packed into one row see each other (its states differ by "
-                f"{float(difference):.0%} from those of each text alone); expected a model that masks by position_ids"
-            )
+def check_packed(target: Target) -> None:
+    """Hold two texts in one row to each of them alone.
+
+    Raises:
+        ValueError: the model lets packed texts see each other.
+    """
+    ids = torch.linspace(0.1, 0.9, 14).mul(target.vocab_size).long()[None]
+    positions, cut = torch.cat((torch.arange(6), torch.arange(8)))[None], 6
+    final = Frozen(target, ("final",))
+    packed = final(ids, positions)["final"].float()
+    alone = [final(ids[:, part], positions[:, part])["final"] for part in (slice(cut), slice(cut, None))]
+    expected = torch.cat(alone, dim=1).float()
+    difference = (packed - expected).norm() / expected.norm()
+    if not difference < _LEAK:
+        raise ValueError(
+            f"{target.name} lets texts that are packed into one row see each other (its states differ by "
+            f"{float(difference):.0%} from those of each text alone); expected a model that masks by position_ids"
+        )
 
 
 class CachedTexts(Dataset[dict[str, Any]]):

@@ -132,8 +132,8 @@ class DrafterTrainer(Trainer):
 
     Args:
         lesson: an ``nn.Module`` as ``specdec.interfaces.Lesson`` has it; its parameters become float32. It may have
-            ``parameter_groups(lr)``, groups as optimizers take them, and ``at(step, steps)``, which is told where the
-            training stands before each step.
+            ``parameter_groups(lr)``, groups as optimizers take them, and ``progress``, which is set before each step to
+            the share of the training that is done.
         arguments: as ``training_arguments`` makes them.
         frozen: the target's states, for batches that come without.
         train: packed texts to learn from.
@@ -263,19 +263,19 @@ class DrafterTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the lesson where the training stands; sees to it that what is saved has been logged.
+    """Tells the lesson how far the training is; sees to it that what is saved has been logged.
 
     The Trainer forgets the losses that it has summed since it logged last, so a checkpoint between two lines of the
     loss curve would change the first line after it.
     """
 
     def __init__(self, lesson: Any) -> None:
-        self._tell = getattr(lesson, "at", None)
+        self._lesson = lesson
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Before each step of the optimizer."""
-        if self._tell is not None:
-            self._tell(state.global_step, state.max_steps)
+        if hasattr(self._lesson, "progress"):
+            self._lesson.progress = state.global_step / state.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
         """After each step."""
