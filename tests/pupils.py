@@ -71,10 +71,7 @@ class ResidualLesson(nn.Module):
             nn.init.zeros_(parameter)
         self.dropout = nn.Dropout(dropout)
         self._head = target.head  # a bound method, so that nothing of the target is registered
-        self.told: list[tuple[int, int]] = []
-
-    def at(self, step: int, steps: int) -> None:
-        self.told.append((step, steps))
+        self.progress = 0.0
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor, states: Mapping[Tap, Tensor]
@@ -88,7 +85,10 @@ class ResidualLesson(nn.Module):
             found.append(objectives.hits(logits, labels, where))
             counted.append(where)
         size = sum(head.weight.square().mean() for head in self.heads)
-        return objectives.learnt(losses, [0.8, 0.64], found, counted) | {"size": torch.as_tensor(size)}
+        return objectives.learnt(losses, [0.8, 0.64], found, counted) | {
+            "size": torch.as_tensor(size),
+            "progress": torch.tensor(self.progress),
+        }
 
 
 class Pupil(BaseDrafter):

@@ -167,11 +167,9 @@ def test_states_are_kept_where_asked(chats: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.usefixtures("pupil")
 def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    assert run(*SMALL, f"data.path={chats}", f"output={output}", "eval_share=0", "save_dtype=bfloat16") == 0
+    assert run(*SMALL, f"data.path={chats}", f"output={output}", "eval_share=0") == 0
     assert json.loads((output / "metrics.json").read_text()) == {"step": 4}
     assert json.loads((output / "drafter" / "config.json").read_text()) == {"heads": 2}
-    weights = torch.load(output / "drafter" / "weights.pt", weights_only=True)
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 @pytest.mark.usefixtures("pupil")

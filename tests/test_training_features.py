@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from pupils import LENGTH, Rows, target_of
 from specdec.interfaces import Tap
 from specdec.training import features
-from specdec.training.features import CachedTexts, Frozen, fingerprint, size
+from specdec.training.features import CachedTexts, Frozen, check_packed, fingerprint, size
 
 TAPS: tuple[Tap, ...] = (0, 2, 4, "final")
 ROW = len(TAPS) * 32 * 4 * LENGTH  # bytes
@@ -28,8 +28,9 @@ def silent(_: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
 def test_packed_texts_are_each_text_alone(family: str) -> None:
-    frozen = Frozen(target_of(family), TAPS)
-    frozen.check()
+    target = target_of(family)
+    check_packed(target)
+    frozen = Frozen(target, TAPS)
     row = Rows(1)[0]
     token_ids, positions = row["token_ids"][None], row["positions"][None]
     packed = frozen(token_ids, positions)
@@ -69,7 +70,7 @@ def test_a_model_that_mixes_texts_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     mixing = lambda input_ids, position_ids, **options: forward(input_ids=input_ids, **options)  # noqa: ARG005, E731
     monkeypatch.setattr(target.model, "forward", mixing)
     with pytest.raises(ValueError, match="lets texts that are packed into one row see each other"):
-        Frozen(target, ("final",)).check()
+        check_packed(target)
 
 
 def test_cached_states_are_the_computed_ones(tmp_path: Path) -> None:
