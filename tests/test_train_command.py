@@ -176,7 +176,6 @@ def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["data.path=null"], "data.path"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data=demo"], "data=demo has questions but no answers to learn from"),
         (["eval_share=0.0001"], "none of 30 texts is held out with eval_share=0.0001"),
@@ -207,6 +206,11 @@ def test_a_path_that_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "data=chat needs data.path=..." in capsys.readouterr().err
 
 
+def test_the_second_stage_needs_a_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe=medusa_2", "data.path=x", f"output={tmp_path}") == 2
+    assert "Missing mandatory value: stage_1" in capsys.readouterr().err
+
+
 def test_a_drafter_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("drafter=prompt_lookup", "data.path=x", f"output={tmp_path}") == 2
     said = capsys.readouterr().err
@@ -225,10 +229,9 @@ def test_without_accelerate(
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_every_recipe_makes_its_drafter(recipe: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("train", overrides=[f"recipe={recipe}", "data.path=x", f"output={tmp_path}"])
-    drafter: Any = OmegaConf.to_container(config.drafter)
-    if drafter.get("path") == "???":
-        drafter["path"] = "somewhere"
+        stage = ["stage_1=somewhere"] if recipe == "medusa_2" else []
+        config = compose("train", overrides=[f"recipe={recipe}", "data.path=x", f"output={tmp_path}", *stage])
+    drafter: Any = OmegaConf.to_container(config.drafter, resolve=True)
     assert hasattr(build(drafter), "lesson")
     assert config.data._target_ == "specdec.training.corpus.chat"
     assert 1e-6 < config.trainer.learning_rate < 1e-2

@@ -159,9 +159,6 @@ def _trainable(config: DictConfig) -> Any:
     """
     plain = OmegaConf.to_container(config.drafter, resolve=True)
     assert isinstance(plain, dict)
-    missing = [f"drafter.{key!s}=..." for key, value in plain.items() if value == "???"]
-    if missing:
-        raise ValueError(f"this recipe needs {', '.join(missing)}")
     drafter: Any = build_drafter({str(key): value for key, value in plain.items()})
     if not isinstance(drafter, Trainable):
         raise ValueError(
