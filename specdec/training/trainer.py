@@ -72,9 +72,8 @@ def training_arguments(
     cpu = target.device.type == "cpu"
     given: dict[str, Any] = {"output_dir": str(output), "seed": seed, "use_cpu": cpu}
     given |= {"remove_unused_columns": False, "label_names": [], "disable_tqdm": True, "report_to": "none"}
-    given |= {"eval_strategy": options.get("save_strategy", "steps") if evaluates else "no"}
-    if given["eval_strategy"] not in ("steps", "epoch"):
-        given["eval_strategy"] = "steps"
+    if evaluates:
+        given["eval_strategy"] = "epoch" if options.get("save_strategy") == "epoch" else "steps"
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     arguments = TrainingArguments(**given | dict(options))
@@ -118,12 +117,17 @@ class Scores:
         return rates
 
     def acceptance(self) -> list[list[float]]:
-        """``[K][R]``: the share of wanted tokens that are exactly the draft's candidate of each rank, per depth."""
+        """``[K][R]``: the share of wanted tokens that are exactly the draft's candidate of each rank, per depth.
+
+        A rank that was never right counts as half a token: a tree drawn from few texts should not stop at it.
+        """
         made = []
         for hits, of in zip(self._hits.tolist(), self._counted.tolist(), strict=True):
             if of == 0:
                 break
-            made.append([round((now - before) / of, 4) for before, now in zip([0.0, *hits], hits, strict=False)])
+            made.append(
+                [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
+            )
         return made
 
 
