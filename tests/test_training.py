@@ -166,18 +166,16 @@ def test_killed_in_the_middle_it_goes_on_with_the_same_loss_curve(tmp_path: Path
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, SCRIPT, whole], env=environment, check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, killed], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 300
-    while not (killed / "log.jsonl").is_file() or not any(line["step"] >= 9 for line in curve_so_far(killed)):
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    reached = curve_so_far(killed)[-1]["step"]
-    assert reached < OPTIONS["max_steps"], "it was still running"
+    command = [sys.executable, SCRIPT, killed]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + 300
+        while not (killed / "log.jsonl").is_file() or not any(line["step"] >= 9 for line in curve_so_far(killed)):
+            assert process.poll() is None, process.communicate()[0].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert curve_so_far(killed)[-1]["step"] < OPTIONS["max_steps"], "it was still running"
     checkpoint = last_checkpoint(killed)
     assert checkpoint is not None
     subprocess.run(
