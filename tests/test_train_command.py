@@ -177,7 +177,7 @@ def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
-        (["data=demo"], "data=demo has questions but no answers to learn from"),
+        (["data=demo"], "data=demo holds questions without answers"),
         (["eval_share=0.0001"], "none of 30 texts is held out with eval_share=0.0001"),
         (["eval_share=2"], "at least 0 and below 1"),
         (["limit=0"], "expected limit to be a whole number"),

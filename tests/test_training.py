@@ -22,7 +22,6 @@ from pupils import LENGTH, OPTIONS, ResidualLesson, Rows, curve, target_of, trai
 from specdec.templates import best_first
 from specdec.training.callbacks import Told
 from specdec.training.features import CachedTexts, Frozen
-from specdec.training.progress import Bar
 from specdec.training.trainer import DrafterTrainer, Scores, last_checkpoint, training_arguments
 
 SCRIPT = Path(__file__).with_name("pupils.py")
@@ -279,16 +278,16 @@ def test_wrong_options_of_the_trainer(options: dict[str, Any], expected: str, tm
 def test_the_bar_says_how_much_is_left(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.training.progress._LINE_EVERY", -1.0)
     with (tmp_path / "said").open("w", encoding="utf-8") as file:
-        bar = Bar(Console(file=file, force_terminal=terminal, width=120, color_system=None), "training", "steps")
+        told = Told(Console(file=file, force_terminal=terminal, width=120, color_system=None))
         trainer = trainer_in(tmp_path, max_steps=8)
-        trainer.add_callback(Told(bar))
-        with bar:
+        trainer.add_callback(told)
+        with told:
             trainer.learn()
     said = (tmp_path / "said").read_text(encoding="utf-8")
-    assert "step 8: held out: loss " in said
+    assert "step 8, held out: loss " in said
     assert "top-1 by depth " in said
     if terminal:
         assert "8/8" in said
     else:
-        assert "training: 7/8 steps, 0:00:0" in said
-        assert "left  loss " in said
+        assert "steps: 7/8, 0:00:0" in said
+        assert "left, loss " in said

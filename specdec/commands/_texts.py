@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 
-from specdec.build import build
+from specdec.commands._data import corpus_of
 from specdec.commands._session import Session
 from specdec.training.encoding import Encoder
 from specdec.training.features import CachedTexts, Frozen, size
@@ -39,26 +40,22 @@ class Texts:
         return hashlib.sha256(" ".join(sides).encode()).hexdigest()[:16]
 
 
-def texts_of(session: Session, choice: str, console: Console) -> Texts:
+def texts_of(source: DictConfig, session: Session, console: Console) -> Texts:
     """Read, split, encode and pack what the config names.
 
     Args:
-        session: the target, and the config with ``data``, ``limit``, ``chat``, ``length``, ``eval_share``, ``seed``.
-        choice: name of the source, for messages.
+        source: the config, for its ``data``.
+        session: the target, and the same config: ``limit``, ``chat``, ``length``, ``eval_share``, ``seed``.
         console: where lines and texts that are left out are named.
 
     Raises:
         ValueError: bad input; nothing to learn from; nothing held out although ``eval_share`` asks for it.
     """
     config = session.config
-    if missing := [f"data.{key}=..." for key, value in config["data"].items() if value == "???"]:
-        raise ValueError(f"data={choice} needs {', '.join(missing)}")
     limit = config["limit"]
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"expected limit to be a whole number of at least 1, got {limit!r}")
-    corpus = build(config["data"])
-    if not hasattr(corpus, "documents"):
-        raise ValueError(f"data={choice} has questions but no answers to learn from; expected a source such as chat")
+    corpus = corpus_of(source)
     _note(console, corpus.notes())
     documents = corpus.documents[:limit]
     learnt, judged = split(documents, config["eval_share"], config["seed"])
@@ -73,8 +70,7 @@ def texts_of(session: Session, choice: str, console: Console) -> Texts:
     sides: dict[str, PackedTexts] = {}
     for name, side in {"train": learnt, "held_out": judged}.items():
         if side:
-            with Bar(console, f"encoding ({name})", "texts") as bar:
-                bar.start(len(side))
+            with Bar(console, f"texts encoded ({name})", len(side)) as bar:
                 encoded = encoder.encode(side, length, bar.advance)
             _note(console, [f"{name}: {note}" for note in encoded.notes(length)])
             sides[name] = PackedTexts(encoded.texts, length, config["seed"], _padding(session))
@@ -118,13 +114,12 @@ def with_states(texts: Texts, frozen: Frozen, features: Mapping[str, Any], batch
         if side is not None
     }
     total, missing = (sum(getattr(side, of) for side in made.values()) for of in ("num_bytes", "missing_bytes"))
-    with Bar(console, "states of the target", "rows") as bar:
+    rows = sum(len(side) for side in made.values())
+    with Bar(console, "rows", rows, rows - sum(side.missing_rows for side in made.values())) as bar:
         bar.note(
             f"the target's states take {size(total)} in {place}: {size(frozen.bytes_per_token)} per token, "
             f"{total // frozen.bytes_per_token:,} tokens, padding included; {size(missing)} are still to be made"
         )
-        rows = sum(len(side) for side in made.values())
-        bar.start(rows, rows - sum(side.missing_rows for side in made.values()))
         for side in made.values():
             side.fill(batch_size, bar.advance)
     return replace(texts, **made)

@@ -22,15 +22,16 @@ from rich.table import Table
 
 from specdec.build import build_drafter, build_verifier, choices, load
 from specdec.checkpoints import CONFIG as DRAFTER_CONFIG
+from specdec.commands._data import choice
 from specdec.commands._session import Session
 from specdec.commands._texts import Texts, texts_of, with_states
 from specdec.evaluation.provenance import now, provenance
 from specdec.evaluation.records import replace_text
+from specdec.evaluation.store import differences
 from specdec.generation import attach, restore, speculation_of
 from specdec.interfaces import Trainable
 from specdec.target import Target
 from specdec.training.features import Frozen, check_packed
-from specdec.training.progress import Bar
 
 CONFIG, METRICS, LOSSES, DRAFTER, PROVENANCE = "config.yaml", "metrics.json", "log.jsonl", "drafter", "provenance.json"
 # What may differ between two starts of one run.
@@ -79,7 +80,7 @@ def run(config: DictConfig) -> float | int | None:
     check_packed(target)
     pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
     frozen = Frozen(target, pupil.lesson.taps)
-    texts = texts_of(session, _choice("data"), console)
+    texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
     with arguments.main_process_first(desc="claiming the folder"):
@@ -103,11 +104,11 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
 
     if this.checkpoint is not None:
         this.say(f"goes on from {this.checkpoint}")
-    bar = Bar(this.console, "training", "steps")
-    callbacks = [LossCurve(this.folder / LOSSES), Told(bar), Provenance(this.said)]
+    told = Told(this.console)
+    callbacks = [LossCurve(this.folder / LOSSES), told, Provenance(this.said)]
     trainer = DrafterTrainer(pupil.lesson, arguments, frozen, texts.train, texts.held_out, callbacks)
     try:
-        with bar:
+        with told:
             metrics: dict[str, Any] = trainer.learn(this.checkpoint)
     except KeyboardInterrupt:
         reached = last_checkpoint(this.folder)
@@ -137,9 +138,13 @@ def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
     replace_text(this.folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     if "acceptance" in metrics:
         this.console.print(_table(metrics))
-    path, name = config["target"].get("path"), _choice("target")
-    other = f"target={name} target.path={path} " if path else "" if name == "demo" else f"target={name} "
-    this.say(f"written to {folder}; use it: specdec generate {other}drafter={_choice('drafter')} drafter.path={folder}")
+    path, name = config["target"].get("path"), choice("target", "demo")
+    words = ["specdec generate"] + ([f"target={name}"] if name != "demo" else [])
+    words += ([f"target.path={path}"] if path else []) + [
+        f"drafter={choice('drafter', pupil.drafter.name)}",
+        f"drafter.path={folder}",
+    ]
+    this.say(f"written to {folder}; use it: {' '.join(words)}")
 
 
 def _table(metrics: Mapping[str, Any]) -> Table:
@@ -196,14 +201,11 @@ def _claim(folder: Path, resolved: Mapping[str, Any], is_first: bool) -> Path | 
     if not is_first:  # the first process has settled it
         return last_checkpoint(folder) if resolved["resume"] else None
     path = folder / CONFIG
-    found = dict(_flat(OmegaConf.to_container(OmegaConf.load(path)))) if path.is_file() else None
+    found = _stable(OmegaConf.to_container(OmegaConf.load(path))) if path.is_file() else None
     if resolved["overwrite"]:
         _clear(folder)
     elif found is not None:
-        ours = dict(_flat(resolved))
-        changed = [f"{key}: {found.get(key)} -> {ours.get(key)}" for key in sorted(found.keys() | ours.keys())
-                   if found.get(key) != ours.get(key)]  # fmt: skip
-        if changed:
+        if changed := sorted(set(differences(found, _stable(resolved)))):
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(changed[:4])}); use overwrite=true or another output=FOLDER"
             )
@@ -227,14 +229,8 @@ def _clear(folder: Path) -> None:
             place.unlink(missing_ok=True)
 
 
-def _flat(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """``a.b: value`` for every value; what may change between two starts is left out."""
-    if isinstance(config, Mapping) and config:
-        for key, value in config.items():
-            if place or key not in _VOLATILE:
-                yield from _flat(value, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, config
+def _stable(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
 def _need_accelerate() -> None:
@@ -249,10 +245,6 @@ def _result(metrics: Mapping[str, Any]) -> float | None:
 def _folder(config: DictConfig) -> Path:
     """Hydra's folder of this job, which is ``output`` outside a sweep."""
     return Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else config.output)
-
-
-def _choice(group: str) -> str:
-    return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else group
 
 
 def _command() -> list[str]:

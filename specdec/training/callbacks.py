@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import TrainerCallback
 
 from specdec.evaluation.records import replace_text
@@ -40,29 +42,45 @@ class LossCurve(TrainerCallback):
 
 
 class Told(TrainerCallback):
-    """Moves a bar.
+    """What a user sees meanwhile; use it as a context, so that the bar goes away whatever happens.
 
     Args:
-        bar: one that has been entered.
+        console: where to.
     """
 
-    def __init__(self, bar: Bar) -> None:
-        self.bar = bar
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Bar | None = None
+        self._open, self._said = ExitStack(), ""
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Start it."""
-        self.bar.start(state.max_steps, state.global_step)
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._bar = self._open.enter_context(Bar(self.console, "steps", state.max_steps, state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """One step on."""
-        self.bar.advance()
+        if self._bar is not None:
+            self._bar.advance(1, self._said)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         """Say the loss, and how well the held-out texts are drafted."""
         if "loss" in logs:
-            self.bar.say(f"loss {logs['loss']:.3f}")
-        elif "eval_loss" in logs:
-            self.bar.note(f"step {state.global_step}: held out: {figures(logs)}")
+            self._said = f"loss {logs['loss']:.3f}"
+        elif "eval_loss" in logs and state.is_world_process_zero:
+            line = f"step {state.global_step}, held out: {figures(logs)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """The bar goes away."""
+        self._open.close()
+        self._bar = None
 
 
 class Provenance(TrainerCallback):

@@ -1,86 +1,68 @@
-"""How far a long task is: a bar with the time left on a terminal, a line now and then everywhere else."""
+"""What a user sees of long work: a bar on a terminal, a line now and then everywhere else."""
 
 from __future__ import annotations
 
 import time
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
 class Bar:
-    """One task; use it as a context.
+    """Done, of how many, and the time left; use it as a context.
 
     Args:
         console: where to.
         what: is being done.
-        unit: what is counted.
+        total: of the things to do.
+        done: of them before this start; the time left is reckoned from the others.
     """
 
-    def __init__(self, console: Console, what: str, unit: str) -> None:
-        self.console, self.what, self.unit = console, what, unit
-        self._live: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(f"{unit},"),
-                TimeRemainingColumn(),
-                TextColumn("left  {task.fields[said]}"),
-            )
-            self._live = Progress(*columns, console=console, transient=True)
-            self._task = self._live.add_task(what, total=None, said="")
-        self._total = self._done = self._resumed = 0
-        self._said = ""
+    def __init__(self, console: Console, what: str, total: int, done: int = 0) -> None:
+        self.console, self.what, self.total, self.done = console, what, total, done
+        self._before, self._said = done, ""
         self._started = self._spoke = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
+        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._task = None if self._bar is None else self._bar.add_task(what, total=total, completed=done, said="")
 
     def __enter__(self) -> Bar:
-        if self._live is not None:
-            self._live.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-        elif self._done > self._resumed:
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done > self._before:
             self._line()
 
-    def start(self, total: int, done: int = 0) -> None:
-        """It begins; ``done`` of ``total`` were done before."""
-        self._total, self._done, self._resumed = total, done, done
-        self._started = self._spoke = time.monotonic()
-        if self._live is not None:
-            self._live.reset(self._task, total=total, completed=done)
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more are done."""
-        self._done += count
-        if self._live is not None:
-            self._live.update(self._task, completed=self._done)
+    def advance(self, count: int, said: str = "") -> None:
+        """So many more are done; ``said`` stands behind the time left."""
+        self.done, self._said = self.done + count, said
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, said=escape(self._figures()))
         elif time.monotonic() - self._spoke > _LINE_EVERY:
             self._line()
-
-    def say(self, text: str) -> None:
-        """What stands beside the bar from now on."""
-        self._said = text
-        if self._live is not None:
-            self._live.update(self._task, said=escape(text))
 
     def note(self, text: str) -> None:
         """A line that stays."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
+    def _figures(self) -> str:
+        seconds, new = time.monotonic() - self._started, self.done - self._before
+        left = str(timedelta(seconds=round(seconds / new * (self.total - self.done)))) if new else "?"
+        return ", ".join(filter(None, [f"{left} left", self._said]))
+
     def _line(self) -> None:
         self._spoke = time.monotonic()
-        new = self._done - self._resumed
-        seconds = (self._spoke - self._started) / new * (self._total - self._done) if new else None
-        left = "?" if seconds is None else str(timedelta(seconds=round(seconds)))
-        self.note(f"{self.what}: {self._done}/{self._total} {self.unit}, {left} left  {self._said}".rstrip())
+        self.note(f"{self.what}: {self.done}/{self.total}, {self._figures()}")
