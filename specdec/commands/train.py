@@ -138,13 +138,18 @@ def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
     replace_text(this.folder / METRICS, json.dumps(metrics, indent=1) + "\n")
     if "acceptance" in metrics:
         this.console.print(_table(metrics))
-    path, name = config["target"].get("path"), choice("target", "demo")
-    words = ["specdec generate"] + ([f"target={name}"] if name != "demo" else [])
-    words += ([f"target.path={path}"] if path else []) + [
-        f"drafter={choice('drafter', pupil.drafter.name)}",
-        f"drafter.path={folder}",
-    ]
-    this.say(f"written to {folder}; use it: {' '.join(words)}")
+    this.say(f"written to {folder}; use it: {_use(folder, config, pupil.drafter.name)}")
+
+
+def _use(folder: Path, config: Mapping[str, Any], name: str) -> str:
+    """The command that decodes with the result. What was trained together with its target brings that along."""
+    path, kind = config["target"].get("path"), choice("target", "demo")
+    if (folder / DRAFTER_CONFIG).is_file():
+        known = json.loads((folder / DRAFTER_CONFIG).read_text(encoding="utf-8"))
+        path, kind = (str(folder), "hf") if "architectures" in known else (path, kind)
+    words = ["specdec generate", *([f"target={kind}"] if kind != "demo" else [])]
+    words += [f"target.path={path}"] if path else []
+    return " ".join([*words, f"drafter={choice('drafter', name)}", f"drafter.path={folder}", 'prompt="..."'])
 
 
 def _table(metrics: Mapping[str, Any]) -> Table:
