@@ -177,7 +177,6 @@ def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
-        (["data=demo"], "data=demo holds questions without answers"),
         (["eval_share=0.0001"], "none of 30 texts is held out with eval_share=0.0001"),
         (["eval_share=2"], "at least 0 and below 1"),
         (["limit=0"], "expected limit to be a whole number"),
@@ -204,6 +203,12 @@ def test_mistakes(
 def test_a_path_that_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"output={tmp_path}") == 2
     assert "data=chat needs data.path=..." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pupil")
+def test_questions_are_no_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SMALL, "data=demo", f"output={tmp_path}") == 2
+    assert "data=demo holds questions without answers" in capsys.readouterr().err
 
 
 def test_the_second_stage_needs_a_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,7 +214,7 @@ def _claim(folder: Path, resolved: Mapping[str, Any], is_first: bool) -> Path | 
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(changed[:4])}); use overwrite=true or another output=FOLDER"
             )
-        if not resolved["resume"]:
+        if (folder / LOSSES).is_file() and not resolved["resume"]:  # more than a start that was refused
             raise ValueError(f"{folder} holds this very run: resume=true goes on with it, overwrite=true starts anew")
     elif resolved["resume"]:
         raise ValueError(f"{folder} holds no run to go on with; give its folder: output=FOLDER")
