@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -226,7 +227,10 @@ def test_a_drafter_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_without_accelerate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda _: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
+    )
     assert run(f"output={tmp_path}") == 2
     assert "needs accelerate: pip install .[train]" in capsys.readouterr().err
 

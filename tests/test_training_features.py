@@ -74,7 +74,7 @@ def test_a_model_that_mixes_texts_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_cached_states_are_the_computed_ones(tmp_path: Path) -> None:
-    frozen, rows, told = Frozen(target_of(), TAPS), Rows(7), []
+    frozen, rows, told = Frozen(target_of(), TAPS), Rows(7), list[int]()
     cached = CachedTexts(rows, frozen, tmp_path / "states", shard_bytes=3 * ROW)
     assert cached.row_bytes == ROW
     assert (cached.rows_per_shard, cached.missing, cached.missing_rows) == (3, [0, 1, 2], 7)
@@ -121,7 +121,7 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path) -> None:
     ]
     before = (tmp_path / "shard-00001.safetensors").stat().st_mtime_ns
     (tmp_path / "shard-00000.safetensors").write_bytes(b"cut")
-    again, made = CachedTexts(rows, Frozen(target, TAPS), tmp_path, shard_bytes=99 * ROW), []
+    again, made = CachedTexts(rows, Frozen(target, TAPS), tmp_path, shard_bytes=99 * ROW), list[int]()
     assert again.rows_per_shard == 3, "as the folder has it, whatever is asked for"
     assert again.missing == [0, 2]
     again.fill(3, made.append)
@@ -161,9 +161,9 @@ def test_half_a_shard_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_too_little_room_is_said_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached, told = CachedTexts(Rows(7), Frozen(target_of(), TAPS), tmp_path), []
+    cached, told = CachedTexts(Rows(7), Frozen(target_of(), TAPS), tmp_path), list[int]()
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=f"need {size(7 * ROW)} in .*, where 1 kB are free.*features.mode=online"):
         cached.fill(4, told.append)
     assert told == []

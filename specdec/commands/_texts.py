@@ -108,7 +108,7 @@ def with_states(texts: Texts, frozen: Frozen, features: Mapping[str, Any], batch
     if isinstance(shard, bool) or not isinstance(shard, int | float) or shard <= 0:
         raise ValueError(f"expected features.shard_mb to be a number above 0, got {shard!r}")
     place, sides = Path(path).expanduser(), {"train": texts.train, "held_out": texts.held_out}
-    made = {
+    made: dict[str, Any] = {
         name: CachedTexts(side, frozen, place / name, int(shard * 2**20), features["overwrite"])
         for name, side in sides.items()
         if side is not None

@@ -169,6 +169,7 @@ class DrafterTrainer(Trainer):
         # A lesson's loss is a mean over its batch, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
         self.frozen, self.scores = frozen, Scores()
+        self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
         self._extras: dict[str, list[Tensor]] = {}
 
     def compute_loss(
@@ -216,14 +217,17 @@ class DrafterTrainer(Trainer):
         self.scores = Scores()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         self.scores.reduce(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": rate for name, rate in self.scores.rates().items()})
+        rates = self.scores.rates()
+        self._judged = self.state.global_step, rates
+        output.metrics.update({f"{metric_key_prefix}_{name}": rate for name, rate in rates.items()})
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, over the lesson's own groups where it has such; biases and norms never decay."""
         lesson, rate = self.model if model is None else model, self.args.learning_rate
         groups = getattr(self.accelerator.unwrap_model(lesson), "parameter_groups", None)
-        if self.optimizer is None and groups is not None:
+        made: torch.optim.Optimizer | None = self.optimizer
+        if made is None and groups is not None:
             names = set(self.get_decay_parameter_names(lesson))
             decaying = {id(parameter) for name, parameter in lesson.named_parameters() if name in names}
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, lesson)
@@ -251,7 +255,7 @@ class DrafterTrainer(Trainer):
         """Train to the end, from a checkpoint where one is given, and judge the result.
 
         Returns:
-            the last figures on the held-out texts, without their prefix; empty where there are none.
+            what ``Scores.rates`` says of the held-out texts; empty where there are none.
         """
         state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
         if state is not None and 0 < state.max_steps <= state.global_step:
@@ -262,8 +266,10 @@ class DrafterTrainer(Trainer):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.eval_dataset is None:
             return {}
-        metrics = self.evaluate()
-        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        if self._judged is None or self._judged[0] != self.state.global_step:
+            self.evaluate()
+        assert self._judged is not None
+        return self._judged[1]
 
 
 class _Steps(TrainerCallback):
