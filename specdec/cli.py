@@ -53,23 +53,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     module = importlib.import_module(f"specdec.commands.{command}")
     overrides = _gather(overrides, getattr(module, "POSITIONAL", None))
+    parts = (*_PARTS, *getattr(module, "OPEN_PARTS", ()))
     # The bar over weights being read is longer than the reading for the models this shows most.
     disable_progress_bar()
-    sys.argv = [f"specdec {command}", *map(_override, overrides)]
+    sys.argv = [f"specdec {command}", *(_override(override, parts) for override in overrides)]
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(_guarded(module.run))()
 
 
-def _override(argument: str) -> str:
+def _override(argument: str, parts: Sequence[str] = _PARTS) -> str:
     """Read an override as users mean it.
 
     A prompt is taken as it is typed (Hydra's grammar would read parentheses, commas and colons in it), and options of a
-    part need no ``+``: YAML lists only what it changes, and ``build`` names the options there are.
+    part need no ``+``: YAML lists only what it changes, and ``build`` names the options there are. A command may have
+    further such parts, its ``OPEN_PARTS``.
     """
     key, equals, value = argument.partition("=")
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in ("'", '"')
     if key == "prompt" and equals and not quoted:
         return f"{key}={_quoted(value)}"
-    return f"++{argument}" if equals and key.partition(".")[0] in _PARTS and "." in key else argument
+    return f"++{argument}" if equals and key.partition(".")[0] in parts and "." in key else argument
 
 
 def _quoted(text: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from specdec.loading import Loaded
 
-_PACKAGES = ("torch", "transformers", "numpy", "hydra-core", "tokenizers", "triton")
+_PACKAGES = ("torch", "transformers", "numpy", "hydra-core", "tokenizers", "triton", "accelerate", "peft")
 
 
 def provenance(

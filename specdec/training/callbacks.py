@@ -1,0 +1,110 @@
+"""What stands beside a training: the loss curve as JSON lines, the bar, and provenance beside every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from specdec.evaluation.records import replace_text
+from specdec.training.progress import Bar
+
+PROVENANCE = "provenance.json"
+
+
+class LossCurve(TrainerCallback):
+    """One line per logged entry: step, loss, learning rate, ...; or a judgement of the held-out texts.
+
+    Whatever was logged after the checkpoint from which a run goes on is dropped, and logged again.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Write what the checkpoint remembers; nothing where the run begins."""
+        if state.is_world_process_zero:
+            replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Append."""
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class Told(TrainerCallback):
+    """What a user sees meanwhile; use it as a context, so that the bar goes away whatever happens.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Bar | None = None
+        self._open, self._said = ExitStack(), ""
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._bar = self._open.enter_context(Bar(self.console, "steps", state.max_steps, state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """One step on."""
+        if self._bar is not None:
+            self._bar.advance(1, self._said)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Say the loss, and how well the held-out texts are drafted."""
+        if "loss" in logs:
+            self._said = f"loss {logs['loss']:.3f}"
+        elif "eval_loss" in logs and state.is_world_process_zero:
+            line = f"step {state.global_step}, held out: {figures(logs)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """The bar goes away."""
+        self._open.close()
+        self._bar = None
+
+
+class Provenance(TrainerCallback):
+    """Writes where a checkpoint comes from beside it.
+
+    Args:
+        said: command, config, versions, ...
+    """
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        self.said = said
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A checkpoint has been made."""
+        if state.is_world_process_zero:
+            write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.said, state.global_step)
+
+
+def write_provenance(folder: Path, said: Mapping[str, Any], step: int) -> None:
+    """Write ``provenance.json``."""
+    replace_text(folder / PROVENANCE, json.dumps({**said, "step": step}, indent=1) + "\n")
+
+
+def figures(logs: Mapping[str, float]) -> str:
+    """Loss and top-1 rates of an evaluation, in one line."""
+    tops = [f"{value:.3f}" for name, value in logs.items() if name.startswith("eval_depth_") and name.endswith("top_1")]
+    return f"loss {logs['eval_loss']:.3f}, top-1 by depth {' '.join(tops)}"
