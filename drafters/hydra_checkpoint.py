@@ -45,7 +45,7 @@ def load(path: str, target: Target) -> tuple[HydraHeads, dict[str, Any], list[st
     found = checkpoints.read(path, _FILES)
     reason = checkpoints.why_other_base(found.config, target)
     if reason is not None:
-        raise ValueError(reason)
+        raise ValueError(f"{path}: expected {reason}")
     public = any(key.startswith("hydra_mlp.") for key in found.keys)
     heads = _load_public(found, target) if public else _load_ours(found, target)
     found.close()

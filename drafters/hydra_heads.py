@@ -37,6 +37,7 @@ from specdec.target import Target
 from specdec.templates import Template, best_first
 from specdec.tree import TokenTree
 
+NEW = "new"  # in place of a path
 DEMO_HEADS = DEMO_FOLDER.parent / "hydra_heads"
 # How often the target says a head's token of rank 0, 1, ..., given that everything above it was right; 5 % less at
 # every depth. Made up so that the best tree of 63 nodes and 4 levels expects 3.3 tokens per pass, which is what Hydra
@@ -78,8 +79,8 @@ class Hydra(BaseDrafter):
     """Draft with sequentially dependent heads.
 
     Args:
-        path: weights: a folder, a file or a hub id, as saved by specdec or published; None = those shipped for the demo
-            target, for others new ones, which say at every depth what the target says at the root.
+        path: weights: a folder, a file or a hub id, as saved by specdec or published; ``new`` for new ones, which say
+            at every depth what the target says at the root. None = those shipped for the demo target, for others new.
         arch: of new heads: ``mlp`` (Hydra) or ``prefix-mlp`` (Hydra++).
         num_heads: K of new heads, and the depth of their trees.
         num_layers: blocks of each new head; None = as published, 1 for ``mlp`` and 4 for ``prefix-mlp``.
@@ -155,7 +156,7 @@ class Hydra(BaseDrafter):
         path = self.path
         if path is None and is_demo(target.model) and (DEMO_HEADS / CONFIG).is_file():
             path = str(DEMO_HEADS)
-        if path is not None:
+        if path is not None and path != NEW:
             self.heads, config, self.ignored = load(path, target)
             self.acceptance = config.get("acceptance")
             return
