@@ -206,7 +206,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{file}: expected a pickle of tensors alone, whole; what needs more is not loaded, because it could run "
             f"any code ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
