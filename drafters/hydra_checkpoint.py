@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape
 from specdec import checkpoints
@@ -130,9 +130,7 @@ def _load_public(found: Checkpoint, target: Target) -> HydraHeads:
         weight, residual = (found.take(f"{first}.{part}.weight", wide) for part in parts)
         bias, residual_bias = (found.take(f"{first}.{part}.bias", (hidden,)) for part in parts)
         heads.set_first_block(index, weight, residual, bias, residual_bias)
-        blocks = heads.blocks[index]
-        assert isinstance(blocks, nn.ModuleList)
-        for block, name in zip(blocks, names[1:], strict=True):
+        for block, name in zip(heads.blocks[index].children(), names[1:], strict=True):
             found.fill(block, prefix=f"{name}.linear.")
         if shape.own_head:
             found.fill(heads.outputs[index], prefix=f"{output}.")
@@ -186,18 +184,14 @@ def _public_tensors(heads: HydraHeads, target: Target) -> Iterator[tuple[str, Te
     shape, shared = heads.shape, target.router.head
     for index in range(shape.num_heads):
         names, output = _names(index, shape.num_layers, 1 if shape.prefix is None else 2)
-        weight, residual, bias, residual_bias = heads.first_block(index)
-        yield f"{names[0]}.linear.weight", weight
-        yield f"{names[0]}.linear.bias", bias
-        yield f"{names[0]}.res_connection.weight", residual
-        yield f"{names[0]}.res_connection.bias", residual_bias
-        blocks = heads.blocks[index]
-        assert isinstance(blocks, nn.ModuleList)
-        for block, name in zip(blocks, names[1:], strict=True):
+        first = ("linear.weight", "res_connection.weight", "linear.bias", "res_connection.bias")
+        for name, tensor in zip(first, heads.first_block(index), strict=True):
+            yield f"{names[0]}.{name}", tensor
+        for block, name in zip(heads.blocks[index].children(), names[1:], strict=True):
             yield from ((f"{name}.linear.{key}", tensor) for key, tensor in block.state_dict().items())
-        own = heads.outputs[index] if shape.own_head else shared
-        none = getattr(own, "bias", None)
+        own: Any = heads.outputs[index] if shape.own_head else shared
+        bias = getattr(own, "bias", None)
         yield f"{output}.weight", own.weight
-        yield f"{output}.bias", torch.zeros_like(own.weight[:, 0]) if none is None else none
+        yield f"{output}.bias", torch.zeros_like(own.weight[:, 0]) if bias is None else bias
     if heads.prefix is not None:
         yield from ((_PREFIX + name, tensor) for name, tensor in heads.prefix.state_dict().items())

@@ -230,7 +230,7 @@ class Hydra(BaseDrafter):
     def _ours(self, x: Tensor) -> Tensor:
         """In the heads' dtype, which is the target's unless they have just learnt."""
         assert self.heads is not None
-        return x.to(self.heads.slots[0].weight.dtype)
+        return x.to(self.heads.dtype)
 
     def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the protocol's signature
         """Let go of the request."""

@@ -165,6 +165,11 @@ class HydraHeads(nn.Module):
             heads = cls(shape)
         return heads.to(target.dtype).to_empty(device=target.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._slot(0).weight.dtype
+
     def open(self, states: Tensor, embeddings: Tensor, depth: int) -> Tensor:
         """What the first ``depth`` heads make of the state and the root.
 
@@ -203,9 +208,7 @@ class HydraHeads(nn.Module):
         """
         size = self.shape.hidden
         x = sums[..., size : 2 * size] + F.silu(sums[..., :size])
-        blocks = self.blocks[head]
-        assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
+        for block in self.blocks[head].children():
             x = drop(x)
             x = x + F.silu(block(x))
         return x
