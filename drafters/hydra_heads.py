@@ -225,8 +225,8 @@ class Hydra(BaseDrafter):
         positions, visible = self._rows.begin(states.shape[1])
         read = self.heads.prefix(self._ours(states), positions, visible, self._rows)
         self._rows.commit(counts)
-        if min(counts) == states.shape[1]:
-            self._states = read[:, -1:]
+        if len(set(counts)) == 1:
+            self._states = read[:, counts[0] - 1 : counts[0]]
         else:
             last = torch.tensor(counts, device=read.device).sub_(1).clamp_(min=0)
             self._states = read.gather(1, last[:, None, None].expand(-1, 1, read.shape[2]))

@@ -20,6 +20,7 @@ from drafters.hydra_heads import Hydra
 from drafters.hydra_lesson import HydraLesson
 from drafters.hydra_modules import HydraHeads
 from equality import tiny_llama
+from specdec.build import build_drafter
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState
 from specdec.target import Target
@@ -255,6 +256,32 @@ def test_text_is_the_targets_own_whatever_the_weights(family: str, options: dict
     sampled = generate(target.model, drafter, inputs, **settings).sequences.tolist()
     assert sampled == generate(target.model, "none", inputs, **settings).sequences.tolist()
     assert sampled != output.sequences.tolist()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_prompts_without_ids_and_continued_ones(arch: str) -> None:
+    model = model_of("llama")
+    drafter = Hydra(arch=arch, tree=PATHS)
+    inputs = inputs_of(3)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "attention_mask": mask}
+    output = generate(model, drafter, embedded)
+    assert output.sequences.tolist() == model.generate(**embedded, max_new_tokens=NEW_TOKENS).tolist()
+    first = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    longer = {"input_ids": first.sequences, "attention_mask": torch.cat([mask, torch.ones(3, 4).long()], dim=1)}
+    expected = model.generate(**longer, max_new_tokens=NEW_TOKENS).tolist()
+    output = generate(model, drafter, longer, past_key_values=first.past_key_values)
+    assert output.sequences.tolist() == expected
+
+
+def test_serves_rows_of_another_drafter() -> None:
+    model, inputs = model_of("llama"), inputs_of(3)
+    drafter = build_drafter("suffix_automaton", auxiliary="hydra_heads", auxiliary_below=1)
+    sources = set[str]()
+    watch = lambda state, step: sources.update(step.tree.sources if step.tree else ())  # noqa: ARG005, E731
+    output = generate(model, drafter, inputs, watch)
+    assert output.sequences.tolist() == model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist()
+    assert sources == {"hydra_heads", "suffix_automaton"}
 
 
 class Heard(HydraLesson):
