@@ -139,6 +139,8 @@ class Hydra(BaseDrafter):
                 return f"heads that can be read for this model; {error}"
         assert self.heads is not None
         self._target, shape = target, self.heads.shape
+        if not 0 <= shape.hidden_state_offset <= target.num_layers:
+            return f"heads that read one of its {target.num_layers} layers, got offset {shape.hidden_state_offset}"
         self._tap = target.num_layers - shape.hidden_state_offset if shape.hidden_state_offset else "final"
         rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(shape.num_heads)]
         template = self._chosen or Template.from_paths(best_first(rates, self.num_nodes, shape.num_heads))

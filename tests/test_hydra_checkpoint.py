@@ -248,6 +248,7 @@ def test_refusals(tmp_path: Path) -> None:
     for config, said in (
         ({"hydra_head_arch": "eagle-attn"}, "architecture 'eagle-attn'; expected mlp or prefix-mlp"),
         ({"grounded_heads": False}, "use drafter=medusa"),
+        ({"hidden_state_offset": 3}, "heads that read one of its 2 layers, got offset 3"),
     ):
         publish(folder, "mlp", target, **config)
         assert said in refusal(folder, target)
