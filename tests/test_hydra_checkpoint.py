@@ -44,10 +44,7 @@ def target_of(dtype: torch.dtype = torch.float32, name: str = "", **overrides: A
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval().to(dtype).requires_grad_(False)
     model.config._name_or_path = name
-    target = Target(model)
-    with target.router.observe():
-        model(input_ids=torch.ones(1, 2, dtype=torch.int64))
-    return target
+    return Target(model)
 
 
 @torch.no_grad()

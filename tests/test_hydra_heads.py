@@ -43,15 +43,7 @@ def model_of(family: str) -> Any:
 
 
 def target_of(family: str = "llama") -> Target:
-    return seen(model_of(family))
-
-
-def seen(model: Any) -> Target:
-    """A target that knows what its layers return."""
-    target = Target(model)
-    with target.router.observe(), torch.no_grad():
-        model(input_ids=torch.ones(1, 2, dtype=torch.int64))
-    return target
+    return Target(model_of(family))
 
 
 def drafter_of(target: Target, noise: float = 0.0, **options: Any) -> Hydra:
@@ -413,7 +405,7 @@ def test_losses_by_their_definitions() -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_only_the_heads_learn(arch: str, autocast: bool) -> None:
     model = tiny_llama().requires_grad_(False)
-    target = seen(model)
+    target = Target(model)
     drafter = drafter_of(target, 0.02, arch=arch, own_head=True, num_layers=2)
     lesson = drafter.lesson(target)
     assert {id(parameter) for parameter in lesson.parameters()} == {id(p) for p in heads_of(drafter).parameters()}
@@ -498,7 +490,7 @@ def test_heads_that_know_the_text_are_always_right(arch: str) -> None:
 
 def test_half_precision_follows_the_target() -> None:
     model = tiny_llama().to(torch.bfloat16).requires_grad_(False)
-    target = seen(model)
+    target = Target(model)
     drafter = drafter_of(target, 0.02)
     assert {parameter.dtype for parameter in heads_of(drafter).parameters()} == {torch.bfloat16}
     ids = torch.randint(2, 48, (1, 9), generator=torch.Generator().manual_seed(0))
