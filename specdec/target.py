@@ -208,6 +208,8 @@ class Target:
                 -2, 2, 3 * self.hidden_size, device=self.router.head.weight.device, dtype=self.dtype
             )
             states = states.view(1, 3, -1)
+            with self.router.observe():  # who trains has not asked whether the model can branch
+                self.model(input_ids=torch.zeros(1, 3, dtype=torch.int64, device=self.device), use_cache=False)
             return torch.equal(self.router.head(states), self._through_model(states))
 
     def _through_model(self, states: Tensor) -> Tensor:

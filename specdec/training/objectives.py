@@ -19,7 +19,7 @@ RANKS = 5
 def ahead(values: Tensor, steps: int) -> Tensor:
     """``values [B, T, ...]`` moved so that entry t holds that of t + steps; the last ``steps`` are zeros."""
     moved = torch.zeros_like(values)
-    moved[:, : values.shape[1] - steps] = values[:, steps:]
+    moved[:, : max(values.shape[1] - steps, 0)] = values[:, steps:]
     return moved
 
 

@@ -1,0 +1,258 @@
+"""Hydra: draft heads that read what was drafted before them (Ankner et al., 2402.05109).
+
+Medusa's heads all look at one state and know nothing of each other's tokens; Hydra's head i also reads the embeddings
+of the i + 1 tokens that lead to the node it speaks for. So the tree is filled level by level, all nodes of a level
+that have children in one batch. In Hydra++ a causal decoder layer runs over the target's states first and its output
+stands in for them; its keys and values cover verified states only.
+
+(The module is called ``hydra_heads`` because ``hydra`` is the configuration library.)
+
+Differences from the authors' code: batches of rows, each as long as its text; a prefix layer with grouped keys and
+values; the blocks of a head are modules of their own instead of one module used several times; no dropout is part of
+the saved heads, it belongs to the lesson; the output layer may be the target's.
+
+Shapes: B rows, N nodes, n states of a step, K heads, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafters.base import BaseDrafter
+from drafters.causal_layer import GrowingRows, prompt_states
+from drafters.hydra_checkpoint import ARCHES, load, save
+from drafters.hydra_lesson import HydraLesson
+from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, new
+from specdec.checkpoints import CONFIG
+from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
+from specdec.loading import DEMO_FOLDER, is_demo
+from specdec.selection import top_k
+from specdec.target import Target
+from specdec.templates import Template, best_first
+from specdec.tree import TokenTree
+
+NEW = "new"  # in place of a path
+DEMO_HEADS = DEMO_FOLDER.parent / "hydra_heads"
+# How often the target says a head's token of rank 0, 1, ..., given that everything above it was right; 5 % less at
+# every depth. Made up so that the best tree of 63 nodes and 4 levels expects 3.3 tokens per pass, which is what Hydra
+# reached on Spec-Bench (3.26 with Vicuna 7B). A checkpoint that was trained here brings its own rates.
+_RATES = (0.60, 0.13, 0.06, 0.035, 0.025, 0.018, 0.014, 0.011, 0.009, 0.008)
+_DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What has to be done for one level of the template; *inner* nodes are those with children.
+
+    Attributes:
+        width: children computed for every inner node of the level above.
+        places: int64 ``[nodes]``, of each node among those children, ``inner parent * width + rank``.
+        inner: int64 ``[m]``, the inner nodes among the nodes of this level.
+        above: int64 ``[m]``, their parents among the inner nodes of the level above.
+    """
+
+    width: int
+    places: Tensor
+    inner: Tensor
+    above: Tensor
+
+
+def _levels(template: Template) -> list[_Level]:
+    levels, above = [], [0]  # inner nodes of the level above, counted within it
+    for depth, (parents, ranks) in enumerate(template.levels):
+        width = int(ranks.max()) + 1
+        places = torch.tensor([above.index(parent) for parent in parents.tolist()], device=ranks.device)
+        deeper = template.levels[depth + 1][0].tolist() if depth + 1 < len(template.levels) else []
+        inner = torch.tensor(sorted(set(deeper)), dtype=torch.int64, device=ranks.device)
+        levels.append(_Level(width, places * width + ranks, inner, places[inner]))
+        above = inner.tolist()
+    return levels
+
+
+class Hydra(BaseDrafter):
+    """Draft with sequentially dependent heads.
+
+    Args:
+        path: weights: a folder, a file or a hub id, as saved by specdec or published; ``new`` for new ones, which say
+            at every depth what the target says at the root. None = those shipped for the demo target, for others new.
+        arch: of new heads: ``mlp`` (Hydra) or ``prefix-mlp`` (Hydra++).
+        num_heads: K of new heads, and the depth of their trees.
+        num_layers: blocks of each new head; None = as published, 1 for ``mlp`` and 4 for ``prefix-mlp``.
+        own_head: whether each new head has an output layer ``[V, H]`` of its own, as published; else the target's
+            serves them all.
+        num_nodes: nodes of the tree, root not counted; which ones follows from the acceptance rates of the heads.
+        tree: rank paths of another tree, such as ``[[0], [1], [0, 0]]``; overrides ``num_nodes``.
+        seed: of what is random in new heads.
+
+    Raises:
+        ValueError: an unknown architecture, sizes below one, or paths that are no tree.
+    """
+
+    name = "hydra_heads"
+
+    def __init__(  # noqa: PLR0913 - the options of one recipe
+        self,
+        path: str | None = None,
+        arch: str = "prefix-mlp",
+        num_heads: int = 4,
+        num_layers: int | None = None,
+        own_head: bool = False,
+        num_nodes: int = 24,
+        tree: Sequence[Sequence[int]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if arch not in ARCHES:
+            raise ValueError(f"unknown architecture {arch!r} of Hydra heads; known: {', '.join(ARCHES)}")
+        num_layers = {"mlp": 1, "prefix-mlp": 4}[arch] if num_layers is None else num_layers
+        sizes = {"num_heads": num_heads, "num_layers": num_layers, "num_nodes": num_nodes}
+        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        if wrong:
+            raise ValueError(f"expected sizes of at least 1; got {', '.join(wrong)}")
+        self.path, self.arch, self.own_head, self.seed = path, arch, own_head, seed
+        self.num_heads, self.num_layers, self.num_nodes = num_heads, num_layers, num_nodes
+        self._chosen = None if tree is None else Template.from_paths(tree)
+        nodes = num_nodes + 1 if self._chosen is None else self._chosen.num_nodes
+        self.needs = Needs(taps=("final",), prompt_states=True, max_nodes=nodes)
+        self.heads: HydraHeads | None = None
+        self.acceptance: list[list[float]] | None = None
+        self.ignored: list[str] = []
+        self._target: Target | None = None
+        self._tap: Tap = "final"
+        self._rows: GrowingRows | None = None
+        self._states: Tensor | None = None  # [B, 1, H], what the heads read of each row's text
+
+    def fit(self, target: Target) -> str | None:
+        """Read or make the heads, and choose the tree; heads that are bound to this model already stay."""
+        if self.heads is None or self._target is None or self._target.model is not target.model:
+            width = target.embedding(torch.zeros(1, 1, dtype=torch.int64, device=target.device)).shape[-1]
+            if width != target.hidden_size:
+                return f"embeddings as wide as the states that its output head reads, {target.hidden_size}; got {width}"
+            try:
+                self._fill(target)
+            except (OSError, ValueError) as error:
+                return f"heads that can be read for this model; {error}"
+        assert self.heads is not None
+        self._target, shape = target, self.heads.shape
+        if not 0 <= shape.hidden_state_offset <= target.num_layers:
+            return f"heads that read one of its {target.num_layers} layers, got offset {shape.hidden_state_offset}"
+        self._tap = target.num_layers - shape.hidden_state_offset if shape.hidden_state_offset else "final"
+        rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(shape.num_heads)]
+        template = self._chosen or Template.from_paths(best_first(rates, self.num_nodes, shape.num_heads))
+        depth = template.topology.max_depth
+        if depth > shape.num_heads:
+            return f"a tree no deeper than its {shape.num_heads} heads reach, got one of depth {depth}"
+        if template.width > target.vocab_size:
+            return f"a vocabulary of at least {template.width} tokens, got {target.vocab_size}"
+        self.template = template.to(target.device)
+        self._plan = _levels(self.template)
+        self.needs = Needs(taps=(self._tap,), prompt_states=True, max_nodes=template.num_nodes)
+        return None
+
+    def _fill(self, target: Target) -> None:
+        path = self.path
+        if path is None and is_demo(target.model) and (DEMO_HEADS / CONFIG).is_file():
+            path = str(DEMO_HEADS)
+        if path is not None and path != NEW:
+            self.heads, config, self.ignored = load(path, target)
+            self.acceptance = config.get("acceptance")
+            return
+        prefix = PrefixShape.like(target) if self.arch == "prefix-mlp" else None
+        sizes = target.hidden_size, target.vocab_size, self.num_heads, self.num_layers
+        self.heads = new(HydraShape(*sizes, self.own_head, prefix), target, self.seed)
+        self.acceptance, self.ignored = None, []
+
+    @torch.inference_mode()
+    def start(self, state: DecodeState, prefill: Prefill) -> None:
+        """The prefix layer reads the prompt; without one, its last state is enough."""
+        assert self.heads is not None
+        self._rows = None
+        if self.heads.prefix is None:
+            self._states = self._ours(prefill.states[self._tap][:, -1:])
+            return
+        states, counts = prompt_states(prefill, self._tap)
+        reserve = states.shape[1] + min(state.policy.max_new_tokens, 512)
+        self._rows = GrowingRows(state.batch_size, self.heads.prefix.attention, reserve)
+        self._read(states, counts)
+
+    @torch.inference_mode()
+    def propose(self, state: DecodeState) -> TokenTree:
+        """Fill the template level by level: one batch of a head for all inner nodes of the level above."""
+        heads, target = self.heads, self._target
+        assert heads is not None and target is not None and self._states is not None
+        template, plan = self.template, self._plan
+        tokens = [state.root[:, None]]
+        sums = heads.open(self._states, self._ours(target.embedding(tokens[0])), len(plan))
+        for depth, level in enumerate(plan):
+            best = top_k(heads.logits(depth, sums, target), level.width)
+            tokens.append(best.flatten(1).index_select(1, level.places))
+            if depth + 1 < len(plan):
+                inner = self._ours(target.embedding(tokens[-1].index_select(1, level.inner)))
+                sums = heads.extend(depth + 1, sums.index_select(1, level.above), inner)
+        return TokenTree(torch.cat(tokens, dim=1), template.topology, sources=(self.name,), rank=template.ranks[None])
+
+    @torch.inference_mode()
+    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002
+        """Take over the state of each row's last accepted node; the prefix layer reads those of all accepted ones."""
+        if state.done:
+            return
+        assert self.heads is not None
+        paths, states = verification.path, verification.states[self._tap]
+        longest = 1
+        if self.heads.prefix is None:
+            paths = [path[-1:] for path in paths]
+        else:
+            # Never a single one: torch's attention on CPUs takes three times as long over one bfloat16 query as over
+            # two (1,000 keys, 4 heads of 64: 0.43 and 0.14 ms).
+            longest = max(2, *(len(path) for path in paths))
+        # Short rows are filled up with node 0, which is read and not kept.
+        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
+        if len(paths) == 1:
+            read = states.index_select(1, nodes[0])
+        else:
+            read = states.gather(1, nodes[..., None].expand(-1, -1, states.shape[2]))
+        if self.heads.prefix is None:
+            self._states = self._ours(read)
+        else:
+            self._read(read, [len(path) for path in paths])
+
+    def _read(self, states: Tensor, counts: Sequence[int]) -> None:
+        """Run the prefix layer over ``states [B, n, H]``, of which the first ``counts[b]`` are row b's next ones."""
+        assert self.heads is not None and self.heads.prefix is not None and self._rows is not None
+        positions, visible = self._rows.begin(states.shape[1])
+        read = self.heads.prefix(self._ours(states), positions, visible, self._rows)
+        self._rows.commit(counts)
+        if len(set(counts)) == 1:
+            self._states = read[:, counts[0] - 1 : counts[0]]
+        else:
+            last = torch.tensor(counts, device=read.device).sub_(1).clamp_(min=0)
+            self._states = read.gather(1, last[:, None, None].expand(-1, 1, read.shape[2]))
+
+    def _ours(self, x: Tensor) -> Tensor:
+        """In the heads' dtype, which is the target's unless they have just learnt."""
+        assert self.heads is not None
+        return x.to(self.heads.dtype)
+
+    def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the protocol's signature
+        """Let go of the request."""
+        self._rows = self._states = None
+
+    def lesson(self, target: Target, **options: Any) -> HydraLesson:
+        """What the heads learn from; see ``HydraLesson`` for the options. The heads become float32."""
+        reason = self.fit(target)
+        if reason is not None:
+            raise ValueError(f"drafter {self.name!r} does not fit {target.name}: it needs {reason}")
+        assert self.heads is not None
+        return HydraLesson(self.heads, target, self._tap, **options)
+
+    def save(self, folder: Path, layout: str = "specdec") -> None:
+        """Write the heads; see ``hydra_checkpoint.LAYOUTS`` for the layouts."""
+        if self.heads is None or self._target is None:
+            raise ValueError("nothing to save yet; heads are made when the drafter is bound to a target (fit)")
+        more = {"acceptance": self.acceptance} if self.acceptance else {}
+        save(Path(folder), self.heads, self._target, layout, more)
