@@ -70,8 +70,11 @@ class CausalAttention(nn.Module):
         q, (k, v) = _rotate(self._split(self.q_proj(x)), *angles), self._keys_and_values(x, angles)
         if rows is not None:
             k, v = rows.write(k, v)
+        if q.shape[2] == 1:
+            # On CPUs torch takes longer over one bfloat16 query than over two (300 keys: 0.19 and 0.12 ms).
+            q = q.expand(-1, -1, 2, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != self.kv_heads)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return self.o_proj(mixed[:, :, : x.shape[1]].transpose(1, 2).flatten(2))
 
     def remember(self, x: Tensor, positions: Tensor, rows: GrowingRows) -> None:
         """Write the keys and values of ``x [B, n, H]`` and no more: what a text already read leaves behind."""
