@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
 import specdec
+from drafters import kangaroo
 from drafters.causal_layer import GrowingRows
 from drafters.kangaroo import Kangaroo
 from drafters.kangaroo_adapter import Adapter, AdapterLesson
@@ -24,6 +25,7 @@ from drafters.suffix_automaton import SamDecoding
 from equality import tiny_llama
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Lesson, Trainable
+from specdec.loading import demo_target
 from specdec.routing import Route
 from specdec.target import Target
 from specdec.training.objectives import wanted_ahead
@@ -319,6 +321,20 @@ def test_beside_a_drafter_that_takes_some_rows(hidden_states: bool) -> None:
     assert not hidden_states or seen[("suffix_automaton", "kangaroo")], "trees without an entry share a pass"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_without_ids_and_continued_ones(shape: dict[str, Any]) -> None:
+    model = build("llama")
+    ids, mask = prompts(3)
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids).detach(), "attention_mask": mask}
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True)
+    longer = {"input_ids": first.sequences, "attention_mask": torch.cat([mask, torch.ones(3, 4).long()], dim=1)}
+    expected = [model.generate(**inputs, **settings).tolist() for inputs in (embedded, longer)]
+    bound(model, **shape)
+    assert model.generate(**embedded, **settings).tolist() == expected[0]
+    assert model.generate(**longer, **settings, past_key_values=first.past_key_values).tolist() == expected[1]
+
+
 def test_half_precision_follows_the_target() -> None:
     model = build("llama").to(torch.bfloat16)
     for shape in (CHAIN, TREE):
@@ -437,6 +453,22 @@ def test_what_was_saved_is_found_again(layout: str, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
     specdec.restore(model)
     assert [tree.token_ids.tolist() for tree in traced(model, path=str(tmp_path / "adapter"))] == expected
+
+
+def test_the_demo_target_finds_its_own_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = demo_target("bfloat16").model
+    monkeypatch.setattr(kangaroo, "DEMO_ADAPTER", tmp_path / "none")
+    fresh, other = bound(model), bound(model, seed=1)
+    other.save(tmp_path / "shipped")
+    monkeypatch.setattr(kangaroo, "DEMO_ADAPTER", tmp_path / "shipped")
+    found = bound(model)
+    ours, theirs, random = (adapter_of(d).self_attn.q_proj.weight for d in (found, other, fresh))
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, random)
+    specdec.restore(model)
+    elsewhere = build("llama")
+    specdec.speculate(elsewhere, found)
+    assert adapter_of(found).norm.weight.shape == (HIDDEN,), "other targets get a random one"
 
 
 def traced(model: Any, like: Kangaroo | None = None, **options: Any) -> list[TokenTree]:
