@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.interfaces import Prefill, Tap
+from specdec.tree import Topology
+from specdec.visibility import FULL, AttentionKinds, attention_masks
+
+_EVERYTHING = AttentionKinds({FULL: 0}, by_layer=False)
 
 
 class RMSNorm(nn.Module):
@@ -50,25 +54,34 @@ class CausalAttention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
         self.rope_theta = rope_theta
 
-    def forward(self, x: Tensor, positions: Tensor, visible: Tensor, rows: GrowingRows | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, visible: Tensor | None, rows: GrowingRows | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, n, H]``.
             positions: int64 ``[1 or B, n]``.
-            visible: bool ``[1 or B, 1, n, T]``.
+            visible: bool, or an additive mask of the dtype of ``x``, ``[1 or B, 1, n, T]``; None = every key.
             rows: the earlier keys and values, to which the new ones are written; None = the new ones are all.
 
         Returns:
             ``[B, n, H]``.
         """
-        q, k, v = (self._split(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = self._angles(positions, x.dtype)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        angles = self._angles(positions, x.dtype)
+        q, (k, v) = _rotate(self._split(self.q_proj(x)), *angles), self._keys_and_values(x, angles)
         if rows is not None:
             k, v = rows.write(k, v)
+        if q.shape[2] == 1:
+            # On CPUs torch takes longer over one bfloat16 query than over two (300 keys: 0.19 and 0.12 ms).
+            q = q.expand(-1, -1, 2, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != self.kv_heads)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return self.o_proj(mixed[:, :, : x.shape[1]].transpose(1, 2).flatten(2))
+
+    def remember(self, x: Tensor, positions: Tensor, rows: GrowingRows) -> None:
+        """Write the keys and values of ``x [B, n, H]`` and no more: what a text already read leaves behind."""
+        rows.write(*self._keys_and_values(x, self._angles(positions, x.dtype)))
+
+    def _keys_and_values(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return _rotate(self._split(self.k_proj(x)), *angles), self._split(self.v_proj(x))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -111,6 +124,25 @@ class GrowingRows:
         Returns:
             positions int64 ``[1 or B, n]`` and ``visible`` bool ``[1 or B, 1, n, T]``, for ``CausalAttention``.
         """
+        positions = self._place(count, ahead)
+        visible = torch.arange(self._seen, device=positions.device) <= positions[..., None]
+        return positions, visible.unsqueeze(1)
+
+    def begin_nodes(self, topology: Topology, nodes: slice) -> tuple[Tensor, Tensor | None]:
+        """Announce the states of a stretch of a tree whose root comes next; node i takes slot i behind the committed.
+
+        Returns:
+            positions, by the depths of the nodes, and what they see (the committed states, their ancestors and
+            themselves), for ``CausalAttention``.
+        """
+        self._place(nodes.stop - nodes.start, nodes.start)
+        topology = topology.to(self._keys.device)
+        first = self.lengths[:1] if len(set(self.lengths)) == 1 else self.lengths
+        positions = topology.depths[:, nodes] + torch.tensor(first, device=self._keys.device)[:, None]
+        return positions, attention_masks(_EVERYTHING, topology, nodes, self.lengths, self._keys.dtype)
+
+    def _place(self, count: int, ahead: int) -> Tensor:
+        """Choose the slots of the next states ``[1 or B, n]`` and make room for them."""
         device = self._keys.device
         self._seen = max(self.lengths) + ahead + count
         if self._seen > self._keys.shape[2]:
@@ -118,12 +150,10 @@ class GrowingRows:
             self._keys, self._values = (F.pad(x, (0, 0, 0, more)) for x in (self._keys, self._values))
         if len(set(self.lengths)) == 1:
             self._slots = self.lengths[0] + ahead
-            positions = torch.arange(self._slots, self._seen, device=device)[None]
-        else:
-            starts = torch.tensor(self.lengths, device=device)[:, None]
-            positions = self._slots = starts + torch.arange(ahead, ahead + count, device=device)
-        visible = torch.arange(self._seen, device=device) <= positions[..., None]
-        return positions, visible.unsqueeze(1)
+            return torch.arange(self._slots, self._seen, device=device)[None]
+        starts = torch.tensor(self.lengths, device=device)[:, None]
+        self._slots = starts + torch.arange(ahead, ahead + count, device=device)
+        return self._slots
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values ``[B, G, n, d]`` into the announced slots; returns all that are seen ``[B, G, T, d]``."""
@@ -138,6 +168,21 @@ class GrowingRows:
     def commit(self, counts: Sequence[int]) -> None:
         """Keep the first ``counts[b]`` states written for row b behind those it has."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit the states of ``paths[b]``, numbered as they were written behind the committed ones, in that order."""
+        longest = max(len(path) for path in paths)
+        if any(list(path) != list(range(len(path))) for path in paths):
+            # Short rows are filled up with moves of a slot onto itself.
+            moves = [
+                [[length + node for node in (*path, *range(len(path), longest))], [*range(length, length + longest)]]
+                for length, path in zip(self.lengths, paths, strict=True)
+            ]
+            source, target = torch.tensor(moves, device=self._keys.device).unbind(1)
+            rows = torch.arange(len(paths), device=self._keys.device)[:, None]
+            for store in (self._keys, self._values):
+                store[rows, :, target] = store[rows, :, source]
+        self.commit([len(path) for path in paths])
 
 
 def prompt_states(prefill: Prefill, tap: Tap) -> tuple[Tensor, list[int]]:

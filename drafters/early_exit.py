@@ -15,11 +15,8 @@ mass. The prompt is read once, by the ordinary prefill, whose K/V serve both par
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from drafters.base import BaseDrafter
-from drafters.self_drafting import comb_tree, draft_chain
+from drafters.self_drafting import comb_tree, draft_chain, verify_from, why_not_split
 from specdec.interfaces import DecodeState, Needs
 from specdec.routing import Route
 from specdec.target import Target
@@ -65,51 +62,16 @@ class EarlyExit(BaseDrafter):
         if self.width > target.vocab_size:
             return f"a vocabulary of at least {self.width} tokens (width), got {target.vocab_size}"
         self._target, self._layer = target, self.exit_layer or max(layers // 4, 1)
-        return _why_not_split(target, self._layer)
+        return why_not_split(target, self._layer)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """Draft, then complete the lower layers of the nodes that the draft has not run."""
-        target, context = self._target, state.context
-        assert target is not None and context is not None
+        target = self._target
+        assert target is not None
         route = Route(hi=self._layer)
         draft = draft_chain(target, state, route, self.num_draft_tokens, self.confidence, self.width)
         steps = len(draft.ranked)
         if steps == 0:
             return root_only(state.root)
         tree = comb_tree(state.root, draft, [[self.width] * state.batch_size] * steps, self.name)
-        if context.template.get("output_hidden_states"):
-            # The caller wants the states of the lower layers too, which only a whole pass returns.
-            return tree
-        lower = Route(hi=self._layer, logits=False)
-        rest = target.run(context, tree, slice(steps, tree.num_nodes), lower, taps=(self._layer,))
-        tree.entry = (self._layer, torch.cat([*draft.states, rest.states[self._layer]], dim=1))
-        return tree
-
-
-@torch.no_grad()
-def _why_not_split(target: Target, layer: int) -> str | None:
-    """Why layers below and from ``layer`` on cannot run one after the other; None where they can.
-
-    A model whose upper layers read more of the lower ones than the residual stream would be verified wrongly, so the
-    split is held to an unbroken pass before it is used.
-    """
-    model, router = target.model, target.router
-    ids = torch.linspace(0.1, 0.8, 8, device=target.device).mul(target.vocab_size).long()[None]
-
-    def logits() -> Tensor:
-        return model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
-
-    whole = logits()
-    with router.route(Route(hi=layer, logits=False)), router.taps((layer,)) as recorded:
-        logits()
-    try:
-        with router.route(Route(lo=layer), recorded[layer][0]):
-            split = logits()
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        return f"layers that can run from stored states; from layer {layer} on {type(error).__name__}: {error}"
-    difference, scale = (split - whole).abs().max(), (whole - whole.mean()).abs().max()
-    if difference <= 1e-3 * scale:
-        return None
-    return (
-        f"layers that read only the residual stream; split at layer {layer}, logits differ by {float(difference):.1e}"
-    )
+        return verify_from(self._layer, target, state, tree, draft.states)

@@ -1,4 +1,5 @@
-"""What drafters that run a part of the target share: drafting token by token, and the comb tree of what they found.
+"""What drafters that run a part of the target share: drafting token by token, the comb tree of what they found, and the
+hand-over of its lower layers to the verification.
 
 A draft grows in place on the target's own cache: node i of the chain writes its K/V into the i-th slot behind the
 committed tokens, where the verification pass, or the next draft, writes over it. Nothing is cloned and nothing has to
@@ -9,7 +10,7 @@ Shapes: B rows, N nodes, k steps of a draft, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,6 +52,7 @@ def draft_chain(
     steps: int,
     threshold: float = 0.0,
     width: int = 1,
+    head: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Draft:
     """Draft greedily with a part of the target, one node per pass.
 
@@ -65,6 +67,8 @@ def draft_chain(
         steps: most tokens to draft.
         threshold: 0 = never stop for want of confidence.
         width: successors to rank at every step.
+        head: called with the recorded states ``[B, 1, H]`` of a node and its number, gives the logits ``[B, 1, V]``
+            after it; None = those of the route.
     """
     context = state.context
     assert context is not None, "the prompt has not been read"
@@ -75,11 +79,11 @@ def draft_chain(
     tokens[:, 0] = state.root
     # One topology for every draft length: its mask and depths are made once.
     growing = TokenTree(tokens, chain(steps + 1, device))
-    taps = () if route.hi is None else (route.hi,)
+    taps: tuple[int, ...] = () if route.hi is None else (route.hi,)
     active = [limit > 0 for limit in limits]
     for step in range(max(limits)):
         output = target.run(context, growing, slice(step, step + 1), route, taps=taps)
-        logits = output.logits[:, -1]
+        logits = (output.logits if head is None else head(output.states[taps[0]], step))[:, -1]
         ranked = argmax(logits)[:, None] if width == 1 else top_k(logits, width)
         tokens[:, step + 1] = ranked[:, 0]
         draft.ranked.append(ranked)
@@ -160,3 +164,56 @@ def comb_tree(root: Tensor, draft: Draft, widths: Sequence[Sequence[int]], name:
     alive = (shape.depths <= np.array(lengths)[:, None]) & (shape.ranks < offered[:, shape.depths])
     role = None if alive.all() else torch.from_numpy(np.where(alive, CANDIDATE, PADDING)).to(root.device)
     return TokenTree(token_ids, shape.topology, role, sources=(name,), rank=shape.rank)
+
+
+def verify_from(layer: int, target: Target, state: DecodeState, tree: TokenTree, states: Sequence[Tensor]) -> TokenTree:
+    """The same tree, its verification starting at a layer from states that the draft has computed.
+
+    What the draft has not run yet, the last nodes of the tree, goes through the lower layers now.
+
+    Args:
+        layer: where the verification starts.
+        target: of the request.
+        state: of the request.
+        tree: the proposal; K/V of its first nodes below ``layer`` are written.
+        states: ``[B, n, H]`` entering ``layer``, of the first nodes in order.
+    """
+    context = state.context
+    assert context is not None, "the prompt has not been read"
+    if context.template.get("output_hidden_states"):
+        # The caller wants the states of the lower layers too, which only a whole pass returns.
+        return tree
+    done = sum(part.shape[1] for part in states)
+    lower = Route(hi=layer, logits=False)
+    rest = target.run(context, tree, slice(done, tree.num_nodes), lower, taps=(layer,))
+    tree.entry = (layer, torch.cat([*states, rest.states[layer]], dim=1))
+    return tree
+
+
+@torch.no_grad()
+def why_not_split(target: Target, layer: int) -> str | None:
+    """Why layers below and from ``layer`` on cannot run one after the other; None where they can.
+
+    A model whose upper layers read more of the lower ones than the residual stream would be verified wrongly, so the
+    split is held to an unbroken pass before it is used.
+    """
+    model, router = target.model, target.router
+    ids = torch.linspace(0.1, 0.8, 8, device=target.device).mul(target.vocab_size).long()[None]
+
+    def logits() -> Tensor:
+        return model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+
+    whole = logits()
+    with router.route(Route(hi=layer, logits=False)), router.taps((layer,)) as recorded:
+        logits()
+    try:
+        with router.route(Route(lo=layer), recorded[layer][0]):
+            split = logits()
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        return f"layers that can run from stored states; from layer {layer} on {type(error).__name__}: {error}"
+    difference, scale = (split - whole).abs().max(), (whole - whole.mean()).abs().max()
+    if difference <= 1e-3 * scale:
+        return None
+    return (
+        f"layers that read only the residual stream; split at layer {layer}, logits differ by {float(difference):.1e}"
+    )
