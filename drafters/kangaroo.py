@@ -41,6 +41,7 @@ from specdec.tree import TokenTree, root_only
 
 SHAPES = ("chain", "top_k")
 DEMO_ADAPTER = DEMO_FOLDER.parent / "kangaroo"
+NEW = "new"
 _EXIT_LAYER = 2
 
 
@@ -48,8 +49,9 @@ class Kangaroo(BaseDrafter):
     """Draft with the first layers of the target and an adapter.
 
     Args:
-        path: the adapter: a folder, a file of weights or a hub id, in our layout or the authors'. None: the shipped one
-            for the demo target, for others a random one, which drafts nothing of use until it is trained.
+        path: the adapter: a folder, a file of weights or a hub id, in our layout or the authors'; ``new`` for a random
+            one, which drafts nothing of use until it is trained. None: the shipped one for the demo target, for others
+            a random one.
         exit_layer: E, layers that draft; None = as the adapter says, 2 where it does not.
         shape: ``chain``, or ``top_k``, a tree of the best nodes.
         num_draft_tokens: k, longest path of a draft.
@@ -141,10 +143,11 @@ class Kangaroo(BaseDrafter):
         return why_not_split(target, layer)
 
     def _load(self, target: Target) -> tuple[Adapter, int | None]:
-        if self.path is not None:
-            return load_adapter(self.path, target)
-        if is_demo(target.model) and DEMO_ADAPTER.is_dir():
-            return load_adapter(str(DEMO_ADAPTER), target)
+        path = self.path
+        if path is None and is_demo(target.model) and DEMO_ADAPTER.is_dir():
+            path = str(DEMO_ADAPTER)
+        if path is not None and path != NEW:
+            return load_adapter(path, target)
         return fresh_adapter(target, self.seed), None
 
     @torch.inference_mode()
