@@ -186,7 +186,7 @@ def _learners() -> Iterator[str]:
 
 def _frozen_target(session: Session, drafter: Any) -> Target:
     """Bind the drafter as decoding would; the model generates plainly afterwards and learns nothing."""
-    attach(session.model, drafter, build_verifier("tree_attention"))
+    attach(session.model, drafter, build_verifier(session.config["verifier"]))
     target = speculation_of(session.model).target
     restore(session.model)
     session.model.requires_grad_(False)

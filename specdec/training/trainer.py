@@ -145,6 +145,8 @@ class DrafterTrainer(Trainer):
         callbacks: of transformers.
     """
 
+    optimizer: Any  # the Trainer's own, which it does not declare
+
     def __init__(
         self,
         lesson: Any,
@@ -226,8 +228,7 @@ class DrafterTrainer(Trainer):
         """The Trainer's optimizer, over the lesson's own groups where it has such; biases and norms never decay."""
         lesson, rate = self.model if model is None else model, self.args.learning_rate
         groups = getattr(self.accelerator.unwrap_model(lesson), "parameter_groups", None)
-        made: torch.optim.Optimizer | None = self.optimizer
-        if made is None and groups is not None:
+        if self.optimizer is None and groups is not None:
             names = set(self.get_decay_parameter_names(lesson))
             decaying = {id(parameter) for name, parameter in lesson.named_parameters() if name in names}
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, lesson)
