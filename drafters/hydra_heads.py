@@ -29,6 +29,7 @@ from drafters.causal_layer import GrowingRows, prompt_states
 from drafters.hydra_checkpoint import ARCHES, load, save
 from drafters.hydra_lesson import HydraLesson
 from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, new
+from drafters.medusa_trees import published_paths
 from specdec.checkpoints import CONFIG
 from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
@@ -87,7 +88,8 @@ class Hydra(BaseDrafter):
         own_head: whether each new head has an output layer ``[V, H]`` of its own, as published; else the target's
             serves them all.
         num_nodes: nodes of the tree, root not counted; which ones follows from the acceptance rates of the heads.
-        tree: rank paths of another tree, such as ``[[0], [1], [0, 0]]``; overrides ``num_nodes``.
+        tree: rank paths of another tree, such as ``[[0], [1], [0, 0]]``, or the name of one that Medusa's authors
+            published, which Hydra's used too; overrides ``num_nodes``.
         seed: of what is random in new heads.
 
     Raises:
@@ -104,7 +106,7 @@ class Hydra(BaseDrafter):
         num_layers: int | None = None,
         own_head: bool = False,
         num_nodes: int = 24,
-        tree: Sequence[Sequence[int]] | None = None,
+        tree: str | Sequence[Sequence[int]] | None = None,
         seed: int = 0,
     ) -> None:
         if arch not in ARCHES:
@@ -116,7 +118,8 @@ class Hydra(BaseDrafter):
             raise ValueError(f"expected sizes of at least 1; got {', '.join(wrong)}")
         self.path, self.arch, self.own_head, self.seed = path, arch, own_head, seed
         self.num_heads, self.num_layers, self.num_nodes = num_heads, num_layers, num_nodes
-        self._chosen = None if tree is None else Template.from_paths(tree)
+        paths = published_paths(tree) if isinstance(tree, str) else tree
+        self._chosen = None if paths is None else Template.from_paths(paths)
         nodes = num_nodes + 1 if self._chosen is None else self._chosen.num_nodes
         self.needs = Needs(taps=("final",), prompt_states=True, max_nodes=nodes)
         self.heads: HydraHeads | None = None

@@ -521,6 +521,9 @@ def test_bad_settings() -> None:
             Hydra(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs"):
         Hydra(tree=[[1]])
+    assert Hydra(tree="mc_sim_7b_63").needs.max_nodes == 64
+    with pytest.raises(ValueError, match="unknown tree 'oak'; known: mc_sim_7b_63"):
+        Hydra(tree="oak")
     model = model_of("llama")
     with pytest.raises(ValueError, match="no deeper than its 2 heads reach, got one of depth 3"):
         specdec.speculate(model, "hydra_heads", num_heads=2, tree=[[0], [0, 0], [0, 0, 0]])
