@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
-from specdec.selection import top_k
+from specdec.selection import on_host, top_k
 from specdec.target import Target
 from specdec.templates import Template
 from specdec.tree import PADDING, TokenTree
@@ -103,6 +104,7 @@ class TokenRecycling(BaseDrafter):
             self.matrix = torch.full(shape, -1, device=target.device)
         self.matrix = self.matrix.to(target.device)
         self.template = self.template.to(target.device)
+        self._host_levels = [(parents.cpu().numpy(), ranks.cpu().numpy()) for parents, ranks in self.template.levels]
         if self._saved is not None:
             self.load_state_dict(self._saved)
             self._saved = None
@@ -125,10 +127,12 @@ class TokenRecycling(BaseDrafter):
     def propose(self, state: DecodeState) -> TokenTree:
         """Fill the template level by level: one gather each."""
         assert self.matrix is not None
-        template, tokens = self.template, [state.root[:, None]]
-        for parents, ranks in template.levels:
-            tokens.append(self.matrix[tokens[-1].index_select(1, parents), ranks])
-        filled = torch.cat(tokens, dim=1)
+        template, on_cpu = self.template, on_host(self.matrix)
+        matrix: Any = self.matrix.numpy() if on_cpu else self.matrix
+        tokens: list[Any] = [state.root.numpy()[:, None] if on_cpu else state.root[:, None]]
+        for parents, ranks in self._host_levels if on_cpu else template.levels:
+            tokens.append(matrix[tokens[-1][:, parents], ranks])
+        filled = torch.from_numpy(np.concatenate(tokens, axis=1)) if on_cpu else torch.cat(tokens, dim=1)
         # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
         role = (filled < 0) * PADDING  # CANDIDATE is 0
         return TokenTree(filled.clamp(min=0), template.topology, role, sources=(self.name,), rank=template.ranks[None])
@@ -138,6 +142,8 @@ class TokenRecycling(BaseDrafter):
         """Every node rewrites its row; duplicates: accepted nodes first, then the shallowest, then the first."""
         nodes, device = tree.num_nodes, tree.token_ids.device
         successors = top_k(verification.logits, self.num_successors)
+        if on_host(successors):
+            return self._update_on_host(tree, verification, successors.numpy())
         worth = tree.topology.at(tree.topology.precedence, verification.last_nodes(device))
         if tree.role is not None:
             worth = worth.masked_fill(tree.role == PADDING, -1)
@@ -147,6 +153,27 @@ class TokenRecycling(BaseDrafter):
             emitted = torch.tensor([len(path) if done else nodes for path, done in rows], device=device)
             worth = worth.masked_fill(tree.topology.depths >= emitted[:, None], -1)
         self._learn(tree.token_ids, successors, worth)
+
+    def _update_on_host(self, tree: TokenTree, verification: Verification, successors: np.ndarray) -> None:
+        # The same in numpy, which does these small things in a third of the time.
+        assert self.matrix is not None
+        matrix, tokens, batch = self.matrix.numpy(), tree.token_ids.numpy(), tree.batch_size
+        spare = len(matrix) - 1
+        if tree.role is not None:
+            tokens = np.where(tree.role.numpy() == PADDING, spare, tokens)
+        if any(verification.finished):
+            rows = zip(verification.path, verification.finished, strict=True)
+            emitted = np.array([[len(path) if done else tree.num_nodes] for path, done in rows])
+            tokens = np.where(tree.topology.depths.numpy() >= emitted, spare, tokens)
+        table = tree.topology.precedence.numpy()
+        last = [nodes[-1] if nodes else 0 for nodes in verification.path]
+        worth = table[np.arange(batch) if len(table) > 1 else 0, last]
+        if batch > 1:
+            worth = worth * batch + np.arange(batch - 1, -1, -1)[:, None]
+        # In order of worth: of several writes to one row numpy keeps the last.
+        order = worth.ravel().argsort()
+        matrix[tokens.ravel()[order]] = successors.reshape(len(order), -1)[order]
+        matrix[spare] = -1
 
     def _learn(self, tokens: Tensor, successors: Tensor, worth: Tensor) -> None:
         """``successors [B, T, k]`` to the rows of ``tokens [B, T]``.

@@ -54,6 +54,12 @@ class Loaded:
         return torch.tensor([ids], device=self.model.device)
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text, as ``generate`` knows them."""
+        eos = self.model.generation_config.eos_token_id
+        return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    @property
     def context_length(self) -> int | None:
         """Longest text the model was made for, in tokens; None where its config does not say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)

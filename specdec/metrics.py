@@ -101,9 +101,11 @@ class SpeculationStats:
         self.drafted_nodes += sum(by_depth)
         self.computed_nodes += computed
         self.accepted_lengths[accepted] += 1
-        depths = [depth for depth, count in enumerate(by_depth, start=1) if count]
-        self.offered_at_depth.update(depths)
-        self.reached_at_depth.update(depth for depth in depths if depth <= accepted + 1)
+        for depth, count in enumerate(by_depth, start=1):
+            if count:
+                self.offered_at_depth[depth] += 1
+                if depth <= accepted + 1:
+                    self.reached_at_depth[depth] += 1
 
     def phase(self, name: str) -> _Phase:
         """A block whose wall clock is added to a phase."""

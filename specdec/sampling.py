@@ -210,6 +210,7 @@ class Policy:
         self.outputs: list[list[int]] = [[] for _ in range(batch)]
         self.stopped = [False] * batch
         self._scores: list[Tensor] = []
+        self._timed = [c for c in self.criteria if type(c) is criteria_of_transformers.MaxTimeCriteria]
         self.vectorised, self.lock_step = self._mode(batch)
         self.groups = self._groups(batch)
 
@@ -280,8 +281,7 @@ class Policy:
 
     def out_of_time(self) -> bool:
         """Whether a ``max_time`` has run out (vectorised requests ask once per step)."""
-        timed = [c for c in self.criteria if type(c) is criteria_of_transformers.MaxTimeCriteria]
-        return any(bool(c(self.prompt_ids, None).any()) for c in timed)
+        return any(bool(c(self.prompt_ids, None).any()) for c in self._timed)
 
     def end_together(self) -> None:
         """Cut all rows to the shortest of those that time ran out on, as plain generate leaves them."""

@@ -1,13 +1,14 @@
 """argmax and top-k over a vocabulary, the two reductions that every step pays for.
 
-On a CPU torch reduces a long row of half-precision numbers one by one; reducing blocks first is vectorised and several
-times faster (25 rows of 8,192 bfloat16: argmax 1.1 ms, in blocks 0.09 ms on one core). Elsewhere torch's own serve.
+On a CPU torch reduces a long row of half-precision numbers one by one (25 rows of 8,192 bfloat16: argmax 1.1 ms). What
+is vectorised is several times faster: argmax by numpy in float32, and reducing blocks first. Elsewhere torch's serve.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,45 +18,33 @@ _WORTH_IT = 16 * 1024  # entries in all; a single row is quicker in one go
 
 def argmax(scores: Tensor) -> Tensor:
     """Index of the largest entry of each row, the first among equals: ``[..., V]`` -> int64 ``[...]``."""
-    if not _in_blocks(scores):
-        return scores.float().argmax(-1)
-    blocks, maxima = _blocks(scores)
-    # The first block that holds the maximum, and the first place of it in there.
-    best = maxima.argmax(-1, keepdim=True)
-    inside = _take(blocks, best).argmax(-1, keepdim=True)
-    return (best * _BLOCK + inside).view(scores.shape[:-1])
+    if on_host(scores):
+        # numpy's is vectorised and single-threaded: a quarter of the time of torch's for the rows of a tree.
+        return torch.from_numpy(np.asarray(scores.detach().float().numpy().argmax(-1)))
+    return scores.float().argmax(-1)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of each row, largest first: ``[..., V]`` -> int64 ``[..., k]``."""
     if not _in_blocks(scores) or k * _BLOCK >= scores.shape[-1]:
         return scores.topk(k).indices
-    blocks, maxima = _blocks(scores)
-    # The k largest entries lie in the k blocks with the largest maxima.
-    best = maxima.topk(k).indices
-    place = _take(blocks, best).topk(k).indices
-    chosen = best.gather(1, place // _BLOCK) * _BLOCK + place % _BLOCK
-    return chosen.view(*scores.shape[:-1], k)
-
-
-def _blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """All blocks ``[R * V/block, block]`` of the R rows, and their maxima ``[R, V/block]``."""
     # A slice of wider scores reshapes into a view that cannot be flattened again.
-    blocks = scores.float().contiguous().view(-1, scores.shape[-1] // _BLOCK, _BLOCK)
-    return blocks.view(-1, _BLOCK), blocks.amax(-1)
+    rows = scores.float().contiguous().view(-1, scores.shape[-1])
+    # The k largest entries lie in the k blocks with the largest maxima.
+    best = rows.view(rows.shape[0], -1, _BLOCK).amax(-1).topk(k).indices
+    inside = torch.add(_within_block(), best.unsqueeze(-1), alpha=_BLOCK).flatten(1)
+    return inside.gather(1, rows.gather(1, inside).topk(k).indices).view(*scores.shape[:-1], k)
 
 
-def _take(blocks: Tensor, best: Tensor) -> Tensor:
-    """The entries of the blocks ``best [R, m]`` of each row, ``[R, m * block]``."""
-    rows, count = best.shape
-    index = best if rows == 1 else best + _first_blocks(rows, blocks.shape[0] // rows)
-    return blocks.index_select(0, index.view(-1)).view(rows, count * _BLOCK)
+def on_host(tensor: Tensor) -> bool:
+    """Whether numpy can work on this tensor's own memory, where its small operations cost a fraction of torch's."""
+    return tensor.device.type == "cpu"
 
 
-@lru_cache(maxsize=64)
-def _first_blocks(rows: int, per_row: int) -> Tensor:
+@lru_cache(maxsize=1)
+def _within_block() -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(0, rows * per_row, per_row, device="cpu")[:, None]
+        return torch.arange(_BLOCK, device="cpu")
 
 
 def _in_blocks(scores: Tensor) -> bool:

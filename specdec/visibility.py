@@ -80,8 +80,10 @@ def _mask(
     if uniform and reaches_all:
         if nodes.stop == 1:
             return None
-        mask = topology.additive_mask(dtype, longest)[:, :, nodes, : longest + nodes.stop]
-        return mask.expand(len(lengths), -1, -1, -1)
+        mask = topology.additive_mask(dtype, longest)
+        if nodes.stop - nodes.start < topology.num_nodes:
+            mask = mask[:, :, nodes, : longest + nodes.stop]
+        return mask if len(mask) == len(lengths) else mask.expand(len(lengths), -1, -1, -1)
     visible = _visible(kind if not reaches_all else FULL, size, topology, nodes, lengths)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)

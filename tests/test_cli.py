@@ -92,7 +92,7 @@ def test_audit_passes_and_writes_its_rows(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "unknown command": (["frobnicate"], "known: audit, demo, evaluate, generate, report"),
+    "unknown command": (["frobnicate"], "known: audit, demo, distill, evaluate, generate, report"),
     "unknown drafter": (["generate", "prompt=x", "drafter=nope"], "token_recycling"),
     "unknown target": (["generate", "prompt=x", "target=nope"], "demo"),
     "unknown verifier": (["generate", "prompt=x", "verifier=nope"], "tree_attention"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import specdec
+from drafters import token_recycling
 from drafters.token_recycling import TokenRecycling, published_paths, tree_paths
 from equality import tiny_llama
 from specdec.interfaces import DecodeState, History, Prefill, Verification
@@ -160,9 +161,13 @@ def slow_update(before: Tensor, tree: TokenTree, verification: Verification) -> 
     return after
 
 
+@pytest.mark.parametrize("by_numpy", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_which_of_several_equal_tokens_wins(batch: int, shared: bool) -> None:
+def test_which_of_several_equal_tokens_wins(
+    batch: int, shared: bool, by_numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_recycling, "on_host", lambda _: by_numpy)
     for seed in range(25):
         generator = torch.Generator().manual_seed(seed)
         tree = random_tree(seed, batch=batch, shared=shared, roles=seed % 3 > 0)

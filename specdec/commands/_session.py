@@ -95,6 +95,13 @@ class Session:
         kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.model.generation_config = GenerationConfig(**kept)
 
+    def fill_pad(self) -> None:
+        """Name a padding token where the model has none; transformers would say so each time."""
+        own, tokenizer = self.model.generation_config, self.loaded.tokenizer
+        if own.pad_token_id is None:
+            known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
+            own.pad_token_id = known[0] if known else 0
+
     def pair(self, ids: Tensor, speculative: Tensor) -> Pair:
         """Decode a prompt plainly, for the audit of a speculative text of it."""
         torch.manual_seed(self.config["seed"])

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from specdec.build import build
 from specdec.commands._contenders import Contenders, labels
+from specdec.commands._data import choice
+from specdec.commands._data import questions_of as all_questions
 from specdec.commands._session import Session, checked_temperature
 from specdec.evaluation.data import Question, Selection, fingerprint, shard_of
 from specdec.evaluation.progress import Progress
@@ -39,8 +40,8 @@ def run(config: DictConfig) -> float | int | None:
     questions = _of_shard(selected, config.shard)
     session = Session(config)
     session.without_processors()
-    _fill_pad(session)
-    contenders = Contenders(session, _choice("drafter", str(config.drafter.get("_target_", "drafter"))))
+    session.fill_pad()
+    contenders = Contenders(session, choice("drafter", str(config.drafter.get("_target_", "drafter"))))
     folder = RunFolder(_folder(config), config.shard)
     resolved = {**session.config, "measured": labels(contenders(Setting(0.0, 1)))}
     resolved["questions_sha256"] = fingerprint(selected)
@@ -77,12 +78,7 @@ def questions_of(config: DictConfig) -> list[Question]:
     Raises:
         ValueError: bad input, by file and line where there is one.
     """
-    plain = OmegaConf.to_container(config.data, resolve=True)
-    assert isinstance(plain, dict)
-    missing = [f"data.{key!s}=..." for key, value in plain.items() if value == "???"]
-    if missing:
-        raise ValueError(f"data={_choice('data', 'this')} needs {', '.join(missing)}")
-    source: list[Question] = build({str(key): value for key, value in plain.items()})
+    source = all_questions(config)
     names = ("categories", "per_category", "limit", "sample", "seed")
     chosen = {name: config[name] for name in names}
     if config.categories is not None:
@@ -124,10 +120,6 @@ def _folder(config: DictConfig) -> Path:
     return Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else config.output)
 
 
-def _choice(group: str, otherwise: str) -> str:
-    return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else otherwise
-
-
 def _command() -> list[str]:
     """As typed; of a job, which may run in a process of a launcher, what its sweep came to."""
     return ["specdec", "evaluate", *(_overrides() if _in_sweep() else sys.argv[1:])]
@@ -149,14 +141,6 @@ def _found(folder: Path) -> dict[str, Any] | None:
 
 def _stable(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _VOLATILE}
-
-
-def _fill_pad(session: Session) -> None:
-    """Transformers says so each time where a model names no padding."""
-    own, tokenizer = session.model.generation_config, session.loaded.tokenizer
-    if own.pad_token_id is None:
-        known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
-        own.pad_token_id = known[0] if known else 0
 
 
 def _summarise(folder: RunFolder, said: dict[str, Any]) -> Summary:

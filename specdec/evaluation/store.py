@@ -72,7 +72,7 @@ class RunFolder:
                 f"{self.path} holds results without their {CONFIG}; use overwrite=true or another output=FOLDER"
             )
         elif before is not None and before != config:
-            changed = sorted(set(_differences(before, config)))
+            changed = sorted(set(differences(before, config)))
             raise ValueError(
                 f"{self.path} holds the results of another run ({'; '.join(changed[:4])}); use overwrite=true or "
                 "another output=FOLDER"
@@ -189,10 +189,10 @@ def told_when_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
     """Where two configurations differ, as ``key: before -> now``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
+            yield from differences(before.get(key), now.get(key), f"{place}.{key}" if place else str(key))
     elif before != now:
         yield f"{place}: {before} -> {now}"
