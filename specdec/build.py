@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from specdec.interfaces import Drafter, Verifier
 
 _ALLOWED = ("drafters.", "verifiers.", "specdec.")
 _OWNER = "specdec"
+_LOG = logging.getLogger("specdec")
 
 
 def config_dir() -> Path:
@@ -143,6 +145,7 @@ def speculate(
     drafter: str | Mapping[str, Any] | Drafter = "token_recycling",
     verifier: str | Verifier = "tree_attention",
     acceptance: str | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Any:
     """Make ``model.generate()`` speculate: same arguments, same result, sooner.
@@ -152,6 +155,8 @@ def speculate(
         drafter: a name in ``conf/drafter``, or a drafter.
         verifier: a name in ``conf/verifier``, or a verifier.
         acceptance: a name in ``conf/acceptance``; None takes the lossless rule that suits the request.
+        compile: run the target's full passes as compiled graphs: seconds to minutes at first, several times less
+            overhead afterwards where a model is small. What compiles is logged (``logging``, name ``specdec``).
         **options: constructor arguments of the drafter.
 
     Returns:
@@ -161,4 +166,5 @@ def speculate(
         ValueError: an unknown name or option, a model that cannot run token trees, a drafter that does not fit it.
     """
     unwrap(model)
-    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance))
+    compiling = _LOG.info if compile else None
+    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling)

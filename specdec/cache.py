@@ -114,7 +114,14 @@ class TreeCache(Cache):
         slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
     """
 
-    def __init__(self, prefilled: DynamicCache, mask: Tensor | None, reserve: int, release: bool = False) -> None:
+    def __init__(
+        self,
+        prefilled: DynamicCache,
+        mask: Tensor | None,
+        reserve: int,
+        release: bool = False,
+        separate: bool = False,
+    ) -> None:
         """Gather the prompt of every row into slots ``0..P_b-1``.
 
         Args:
@@ -122,6 +129,8 @@ class TreeCache(Cache):
             mask: bool ``[B, columns]``, false for padding (PEFT puts virtual tokens in front of it); None = no padding.
             reserve: slots to have at least.
             release: let go of each prefilled layer once it is copied (nobody else holds the cache).
+            separate: a slab for every layer's keys and one for its values, since a compiled graph that writes into
+                tensors which share memory would copy all of it.
         """
         self.columns = prefilled.get_seq_length()
         batch = prefilled.layers[0].keys.shape[0]
@@ -133,15 +142,18 @@ class TreeCache(Cache):
         self.slots: int | Tensor = 0
         self._rows: dict[_Slab, Tensor] = {}
         self._slabs: list[_Slab] = []
-        super().__init__(layers=self._allocate(prefilled))
+        super().__init__(layers=self._allocate(prefilled, separate))
         for source, layer in zip(prefilled.layers, self.layers, strict=True):
             self._load(source, layer)
             if release:
                 source.reset()
 
-    def _allocate(self, prefilled: DynamicCache) -> list[TreeLayer]:
+    def _allocate(self, prefilled: DynamicCache, separate: bool) -> list[TreeLayer]:
         tensors = [tensor for layer in prefilled.layers for tensor in (layer.keys, layer.values)]
-        kinds = [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in tensors]
+        kinds = [
+            (t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device, index if separate else 0)
+            for index, t in enumerate(tensors)
+        ]
         slabs = {
             kind: _Slab(tensors[kinds.index(kind)], kinds.count(kind), self.capacity) for kind in dict.fromkeys(kinds)
         }

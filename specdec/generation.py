@@ -103,13 +103,14 @@ class Speculation:
         return SpeculationStats(self.drafter.name, rule is None or rule.lossless)
 
 
-def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
+def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callable[[str], None] | None = None) -> Model:
     """Make ``model.generate`` speculate with built objects (``specdec.speculate`` also takes names).
 
     Args:
         model: a causal LM of transformers; ``torch.compile``, PEFT and DDP wrappers are looked through.
         drafter: bound to this model from now on.
         verifier: checks its trees.
+        compiling: run full passes as compiled graphs, and tell this about their compilation; None = as they are.
 
     Returns:
         ``model``, as given.
@@ -132,6 +133,8 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier) -> Model:
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
+    if compiling is not None:
+        target.compile(drafter.needs.max_nodes, compiling)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))

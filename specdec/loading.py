@@ -15,11 +15,12 @@ DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "target"
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer, and the name it goes by in reports."""
+    """A model with its tokenizer, the name it goes by in reports, and whether its passes are to be compiled."""
 
     model: Any
     tokenizer: Any
     name: str
+    compile: bool = False
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> Tensor:
         """Token ids ``[1, W]`` of a prompt on the model's device.
@@ -64,18 +65,19 @@ class Loaded:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def demo_target(dtype: str = "bfloat16", device: str | None = None) -> Loaded:
+def demo_target(dtype: str = "bfloat16", device: str | None = None, compile: bool = False) -> Loaded:
     """The embedded demo target: a small Llama trained by ``scripts/train_demo_target.py``.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: such as ``cpu`` or ``cuda:0``; None = CUDA where there is one.
+        compile: run speculative passes as compiled graphs.
     """
     if not (DEMO_FOLDER / "config.json").is_file():
         raise FileNotFoundError(
             f"the demo target is missing from {DEMO_FOLDER}; make it with scripts/train_demo_target.py"
         )
-    return _load(str(DEMO_FOLDER), "demo", dtype, device)
+    return _load(str(DEMO_FOLDER), "demo", dtype, device, compile)
 
 
 def is_demo(model: Any) -> bool:
@@ -83,7 +85,7 @@ def is_demo(model: Any) -> bool:
     return getattr(model.config, "_name_or_path", None) == str(DEMO_FOLDER)
 
 
-def hf_target(
+def hf_target(  # noqa: PLR0913 - the options of one recipe
     path: str,
     dtype: str = "auto",
     device: str | None = None,
@@ -91,6 +93,7 @@ def hf_target(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compile: bool = False,
 ) -> Loaded:
     """Any causal LM of transformers.
 
@@ -102,6 +105,7 @@ def hf_target(
         attn_implementation: ``sdpa`` or ``eager``; None = the model's default.
         revision: of the hub repository.
         trust_remote_code: run code that comes with the model; off unless asked for.
+        compile: run speculative passes as compiled graphs.
     """
     extra = {"device_map": device_map, "attn_implementation": attn_implementation, "revision": revision}
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
@@ -112,12 +116,13 @@ def hf_target(
         Path(path).name,
         dtype,
         device,
+        compile,
         trust_remote_code=trust_remote_code,
         **known,
     )
 
 
-def _load(path: str, name: str, dtype: str, device: str | None, **options: Any) -> Loaded:
+def _load(path: str, name: str, dtype: str, device: str | None, compile: bool, **options: Any) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -129,4 +134,4 @@ def _load(path: str, name: str, dtype: str, device: str | None, **options: Any) 
     )
     if "device_map" not in options:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model.eval(), tokenizer, name)
+    return Loaded(model.eval(), tokenizer, name, compile)

@@ -11,7 +11,8 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import TreeCache
+from specdec.compiled import CompiledPass
 from specdec.interfaces import Context, Needs, Tap
 from specdec.routing import FULL, Route, Router
 from specdec.selection import top_k
@@ -55,6 +57,7 @@ class Target:
         self.layers = _decoder_layers(self.model, self.config.num_hidden_layers)
         self.router = Router(self.layers, _output_head(self.model))
         self.kinds = AttentionKinds.of(self.config)
+        self.compiled: CompiledPass | None = None
 
     @property
     def num_layers(self) -> int:
@@ -135,7 +138,7 @@ class Target:
         if template.get("position_ids") is None:
             # Such a model counts the columns of its cache, padding included.
             template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
-        cache = TreeCache(prefilled, mask, columns + reserve, release)
+        cache = TreeCache(prefilled, mask, columns + reserve, release, separate=self.compiled is not None)
         lengths = [columns - pad for pad in cache.padding]
         return Context(cache, template, lengths, list(lengths), [0] * len(lengths), self.dtype)
 
@@ -165,6 +168,10 @@ class Target:
             inference tensors: to be read and combined, never written in place outside inference mode.
         """
         start, stop, _ = (nodes or slice(0, tree.num_nodes)).indices(tree.num_nodes)
+        if self.compiled is not None and route.is_full and stop - start == tree.num_nodes:
+            output = self._run_compiled(self.compiled, context, tree, taps)
+            if output is not None:
+                return output
         inputs = self._inputs(context, tree, start, stop)
         # A pass over a small model is bound by dispatch, of which inference mode saves a twentieth.
         with torch.inference_mode():
@@ -176,6 +183,28 @@ class Target:
         return PassOutput(
             outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states")
         )
+
+    def compile(self, max_nodes: int, announce: Callable[[str], None]) -> None:
+        """From now on run full passes over trees of up to ``max_nodes`` as compiled graphs (``specdec.compiled``)."""
+        head = self.router.head if self._head_is_all else None
+        self.compiled = CompiledPass(self.model, head, max_nodes, announce)
+
+    def _run_compiled(
+        self, compiled: CompiledPass, context: Context, tree: TokenTree, taps: Sequence[Tap]
+    ) -> PassOutput | None:
+        """A full pass as a graph; None where this one cannot be."""
+        nodes = tree.num_nodes
+        if not compiled.takes(context, nodes, taps):
+            return None
+        inputs = self._inputs(context, tree, 0, nodes, compiled.bucket(nodes) - nodes)
+        outcome = compiled(context, inputs)
+        if outcome is None:
+            warnings.warn(f"{compiled.failure}; the passes of {self.name} run uncompiled", stacklevel=2)
+            return None
+        states, logits = outcome
+        if logits is None:
+            logits = self._through_model(states)
+        return PassOutput(logits, dict.fromkeys(taps, states))
 
     def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
         """Commit the nodes of each row's path: their K/V moves down to the first free slots, in place."""
@@ -233,11 +262,11 @@ class Target:
             parts = [top_k(self.head(part), k) for part in states.split(_HEAD_CHUNK, dim=1)]
         return torch.cat(parts, dim=1)
 
-    def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int) -> dict[str, Any]:
-        """Keyword arguments of a pass over nodes ``[start, stop)``."""
+    def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int, room: int = 0) -> dict[str, Any]:
+        """Keyword arguments of a pass over nodes ``[start, stop)``; ``room``: slots to have behind them."""
         lengths, cache = context.lengths, context.cache
         uniform = len(set(lengths)) == 1
-        cache.reserve(max(lengths) + stop)
+        cache.reserve(max(lengths) + stop + room)
         if uniform:
             slots: int | Tensor = lengths[0] + start
         else:

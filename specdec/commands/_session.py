@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -63,7 +64,8 @@ class Session:
         verifier = build_verifier(self.config["verifier"])
         if configured_rule and self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
-        return attach(self.model, build_drafter(drafter), verifier)
+        compiling = Console(stderr=True).print if self.loaded.compile else None
+        return attach(self.model, build_drafter(drafter), verifier, compiling)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.
