@@ -130,7 +130,7 @@ def _forward(decoder: Any, head: Any, inputs: _Inputs, by_layer: bool, cache: Ca
     return states, None if head is None else head(states)
 
 
-def _fresh(function: FunctionType) -> FunctionType:
+def _fresh(function: Any) -> FunctionType:
     """The same function as code of its own: the compiler counts the graphs of each code object, whoever runs it."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
