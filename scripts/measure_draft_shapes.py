@@ -2,9 +2,9 @@
 
     python scripts/measure_draft_shapes.py --gsm8k PATH [--rows 40] [--seeds 2] [--output results.json]
 
-Chains drawn independently and merged (i.i.d.) against RSD-C and RSD-S, which draw without replacement; each in several
-shapes of the same number of node slots, because the best one is another for each. All are judged by recursive rejection
-on held-out prompts of the demo target with its draft model. Counts only: nothing here depends on the machine's speed.
+Chains drawn independently and merged (i.i.d.) against RSD-C and RSD-S, which draw without replacement, with the same
+number of node slots in the same number of levels. All are judged by recursive rejection on held-out prompts of the demo
+target with its draft model. Counts only: nothing here depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -28,28 +28,17 @@ from specdec.metrics import SpeculationStats
 
 NEW_TOKENS = 96
 BATCH = 10
-# Node slots -> branchings of RSD-C that fill them; i.i.d. chains and RSD-S of every shape that fills them stand beside.
-BRANCHINGS: dict[int, list[list[int]]] = {
-    6: [[2, 1, 1], [2, 2], [3, 1]],
-    12: [[2, 1, 1, 1, 1, 1], [2, 1, 2, 1], [3, 1, 1, 1], [2, 2, 1], [4, 1, 1]],
-    24: [[4, 1, 1, 1, 1, 1], [2, 2, 1, 1, 1, 1], [2, 1, 2, 1, 1, 1], [2, 1, 1, 1, 2, 1, 1, 1], [3] + [1] * 7],
-}
-CHAINS: dict[int, list[tuple[int, int]]] = {
-    6: [(2, 3), (3, 2)],
-    12: [(2, 6), (3, 4), (4, 3)],
-    24: [(3, 8), (4, 6), (6, 4)],
-}
+# (Chains or width, levels): as many node slots as their product.
+SIZES = [(2, 3), (3, 2), (3, 4), (4, 3), (6, 2), (6, 4)]
 
 
-def methods(budget: int) -> dict[str, dict[str, Any]]:
-    """Name -> options of the drafter, for all shapes of at most so many node slots."""
-    named: dict[str, dict[str, Any]] = {}
-    for width, depth in CHAINS[budget]:
-        named[f"i.i.d., {width} chains of {depth}"] = {"shape": "chains", "width": width, "depth": depth}
-        named[f"RSD-S, width {width}, {depth} levels"] = {"shape": "rsd_s", "width": width, "depth": depth}
-    for branching in BRANCHINGS[budget]:
-        named[f"RSD-C, {'-'.join(map(str, branching))}"] = {"shape": "rsd_c", "branching": branching}
-    return named
+def methods(width: int, depth: int) -> dict[str, dict[str, Any]]:
+    """Name -> options of the drafter, for the shapes of ``width * depth`` node slots in ``depth`` levels."""
+    return {
+        f"i.i.d., {width} chains": {"shape": "chains", "width": width, "depth": depth},
+        f"RSD-C, {width} then 1": {"shape": "rsd_c", "branching": [width, *[1] * (depth - 1)]},
+        f"RSD-S, width {width}": {"shape": "rsd_s", "width": width, "depth": depth},
+    }
 
 
 console = Console()
@@ -97,19 +86,19 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, default=root.parent / "shared/data/gsm8k/train.jsonl")
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--budgets", type=int, nargs="+", default=list(CHAINS), choices=list(CHAINS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     loaded = demo_target(args.dtype, "cpu")
     texts = [question.turns[0] for question in heldout(str(args.gsm8k))[: args.rows]]
     results: dict[str, dict[str, float]] = {}
-    table = Table("node slots", "method", "mean accepted tokens", "distinct nodes per step")
-    todo = [(budget, name, options) for budget in args.budgets for name, options in methods(budget).items()]
-    for budget, name, options in track(todo, "methods", console=console):
-        figures = results[f"{budget} nodes, {name}"] = summary(measure(loaded, texts, args.seeds, **options))
+    table = Table("node slots", "levels", "method", "mean accepted tokens", "distinct nodes per step")
+    todo = [(*size, name, options) for size in SIZES for name, options in methods(*size).items()]
+    for width, depth, name, options in track(todo, "methods", console=console):
+        figures = summary(measure(loaded, texts, args.seeds, **options))
+        results[f"{width * depth} nodes, {depth} levels, {name}"] = figures
         error = f"{figures['mean_accepted_tokens']:.3f} ± {figures['standard_error']:.3f}"
-        table.add_row(str(budget), name, error, f"{figures['distinct_nodes']:.1f}")
+        table.add_row(str(width * depth), str(depth), name, error, f"{figures['distinct_nodes']:.1f}")
         if args.output:
             args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(table)
