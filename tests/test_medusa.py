@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import specdec
-from drafters.medusa import DEMO_HEADS, Medusa
+from drafters.medusa import Medusa
 from drafters.medusa_heads import MedusaHeads, MedusaLesson, new_heads
 from drafters.medusa_trees import PUBLISHED, best_paths, published_accuracies, published_paths
 from specdec import capabilities
-from specdec.build import build_drafter
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Trainable
-from specdec.loading import is_demo
 from specdec.target import Target
 from specdec.templates import Template
 from zoo import HIDDEN, PAD, VOCAB, build
@@ -462,19 +460,3 @@ def test_heads_follow_the_targets_dtype(dtype: str) -> None:
         specdec.speculate(model, drafter)
         output = model.generate(**inputs_of(3), max_new_tokens=8, return_dict_in_generate=True)
         assert output.speculation.drafted_nodes >= 24
-
-
-@pytest.mark.skipif(not DEMO_HEADS.is_dir(), reason="no heads are shipped for the demo target yet")
-def test_the_demo_targets_heads() -> None:
-    from specdec.loading import demo_target
-
-    loaded = demo_target("float32")
-    assert is_demo(loaded.model)
-    ids = loaded.encode("Write a Python function `get_name(self)`: Return the name.")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    plain = loaded.model.generate(**inputs, max_new_tokens=48)
-    specdec.speculate(loaded.model, build_drafter("medusa"))
-    output = loaded.model.generate(**inputs, max_new_tokens=48, return_dict_in_generate=True)
-    assert output.sequences.tolist() == plain.tolist()
-    assert output.speculation.mean_accepted_tokens > 1.5
-    assert sum(file.stat().st_size for file in DEMO_HEADS.iterdir()) < 6e6
