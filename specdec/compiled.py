@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -28,8 +29,14 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}  # of a template
 
 
-# Model -> (rows, nodes) -> graph: whoever speculates with the model, its passes are the same.
-_GRAPHS: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Any]] = weakref.WeakKeyDictionary()
+class _Graphs(dict[tuple[int, int], Any]):
+    """(Rows, nodes) -> graph, and the weights that the graphs were made with."""
+
+    weights: tuple[tuple[int, int], ...] = ()
+
+
+# Whoever speculates with a model, its passes are the same.
+_GRAPHS: weakref.WeakKeyDictionary[Any, _Graphs] = weakref.WeakKeyDictionary()
 
 
 class _Inputs:
@@ -135,6 +142,14 @@ def _fresh(function: Any) -> FunctionType:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
+def _constant_weights() -> AbstractContextManager[Any]:
+    # Weights that a graph holds as constants can be laid out for a CPU's matrix units, which takes a third off a pass
+    # over 25 nodes of the demo target. When they change the graphs are made anew, see ``CompiledPass._weights``.
+    import torch._inductor.config as inductor
+
+    return inductor.patch(freezing=True)
+
+
 class CompiledPass:
     """Runs full passes over trees as graphs.
 
@@ -150,7 +165,8 @@ class CompiledPass:
         self.name = type(model).__name__
         self.buckets = sorted({max_nodes, *(size for size in _SIZES if size < max_nodes)})
         self.failure: str | None = None
-        self._graphs = _GRAPHS.setdefault(model, {})
+        self._graphs = _GRAPHS.setdefault(model, _Graphs())
+        self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._views: dict[tuple[int, int], tuple[_Inputs, Cache]] = {}
         self._of: tuple[Callable[[], TreeCache | None], int] = (lambda: None, 0)
 
@@ -194,7 +210,7 @@ class CompiledPass:
             self.announce(f"compiling {self.name} for {key[1]} nodes x {batch} rows ...")
         start = time.perf_counter()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _constant_weights() if first and self._on_cpu else nullcontext():
                 states, logits = self._graphs[key](self.decoder, self.head, filled, by_layer, cache)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may throw, ordinary passes go on
             lines = str(error).strip().splitlines() or [""]
@@ -206,12 +222,21 @@ class CompiledPass:
             )
         return states[:, :nodes], None if logits is None else logits[:, :nodes]
 
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        """What tells that a weight was replaced or written to."""
+        known = (*self.decoder.parameters(), *(() if self.head is None else self.head.parameters()))
+        return tuple((weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in known)
+
     def _view(self, context: Context, key: tuple[int, int], masks: dict[str, Tensor | None]) -> tuple[_Inputs, Cache]:
         """The inputs of a graph, and the request's cache as its layers see it."""
         cache = context.cache
         if self._of[0]() is not cache or self._of[1] != cache.capacity:  # another request, or slabs that have grown
             self._views.clear()
             self._of = weakref.ref(cache), cache.capacity
+            weights = self._weights()
+            if self._graphs.weights != weights:
+                self._graphs.clear()
+                self._graphs.weights = weights
         if key not in self._views:
             like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
             inputs = _Inputs(cache, *key, masks, like)
