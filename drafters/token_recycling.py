@@ -127,15 +127,26 @@ class TokenRecycling(BaseDrafter):
     def propose(self, state: DecodeState) -> TokenTree:
         """Fill the template level by level: one gather each."""
         assert self.matrix is not None
-        template, on_cpu = self.template, on_host(self.matrix)
-        matrix: Any = self.matrix.numpy() if on_cpu else self.matrix
-        tokens: list[Any] = [state.root.numpy()[:, None] if on_cpu else state.root[:, None]]
-        for parents, ranks in self._host_levels if on_cpu else template.levels:
+        template, level = self.template, state.root[:, None]
+        if on_host(self.matrix):
+            filled, role = self._fill_on_host(level.numpy())
+        else:
+            tokens = [level]
+            for parents, ranks in template.levels:
+                tokens.append(self.matrix[tokens[-1].index_select(1, parents), ranks])
+            filled = torch.cat(tokens, dim=1)
+            # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
+            filled, role = filled.clamp(min=0), (filled < 0) * PADDING  # CANDIDATE is 0
+        return TokenTree(filled, template.topology, role, sources=(self.name,), rank=template.ranks[None])
+
+    def _fill_on_host(self, level: np.ndarray) -> tuple[Tensor, Tensor]:
+        # The same in numpy.
+        assert self.matrix is not None
+        matrix, tokens = self.matrix.numpy(), [level]
+        for parents, ranks in self._host_levels:
             tokens.append(matrix[tokens[-1][:, parents], ranks])
-        filled = torch.from_numpy(np.concatenate(tokens, axis=1)) if on_cpu else torch.cat(tokens, dim=1)
-        # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
-        role = (filled < 0) * PADDING  # CANDIDATE is 0
-        return TokenTree(filled.clamp(min=0), template.topology, role, sources=(self.name,), rank=template.ranks[None])
+        filled = np.concatenate(tokens, axis=1)
+        return torch.from_numpy(np.maximum(filled, 0)), torch.from_numpy((filled < 0) * np.int64(PADDING))
 
     @torch.inference_mode()
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:  # noqa: ARG002

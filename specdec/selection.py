@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64
+_LONG = 8 * 1024  # entries of a row; over shorter ones torch's top-k is as quick
 _WORTH_IT = 16 * 1024  # entries in all; a single row is quicker in one go
 
 
@@ -49,4 +50,4 @@ def _within_block() -> Tensor:
 
 def _in_blocks(scores: Tensor) -> bool:
     size = scores.shape[-1]
-    return scores.device.type == "cpu" and scores.numel() >= _WORTH_IT and size >= 1024 and size % _BLOCK == 0
+    return scores.device.type == "cpu" and scores.numel() >= _WORTH_IT and size >= _LONG and size % _BLOCK == 0

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.selection import on_host
+
 # Roles of a node. Feed-only nodes are computed but can never be accepted; padding fills a row up to N.
 CANDIDATE, FEED_ONLY, PADDING = 0, 1, 2
 
@@ -86,6 +88,17 @@ class Topology:
         return counts.scatter_add_(1, self.depths, torch.ones_like(self.depths))
 
     @cached_property
+    def host_parents(self) -> list[list[int]]:
+        """``parents`` as lists; reading them synchronises on an accelerator."""
+        return self.parents.tolist()
+
+    @cached_property
+    def at_depth(self) -> Tensor:
+        """int64 ``[1 or B, N, D]``: 1 where a node is at depth 1..D."""
+        levels = torch.arange(1, self.max_depth + 1, device=self.parents.device)
+        return (self.depths[..., None] == levels).long()
+
+    @cached_property
     def precedence(self) -> Tensor:
         """int64 ``[1 or B, N, N]``: entry (l, n) ranks node n after a walk that ended at node l.
 
@@ -121,7 +134,8 @@ class Topology:
             kept = torch.zeros(*self.parents.shape, width, dtype=dtype, device=self.parents.device)
             kept[..., width - self.num_nodes :].masked_fill_(~self.ancestors, torch.finfo(dtype).min)
             self._additive[dtype] = kept = kept.unsqueeze(1)
-        return kept[..., kept.shape[-1] - self.num_nodes - prefix :]
+        width = prefix + self.num_nodes
+        return kept.narrow(3, kept.shape[-1] - width, width)
 
     def to(self, device: torch.device) -> Topology:
         """The same shape on another device (itself where it is there already)."""
@@ -208,7 +222,8 @@ class TokenTree:
         if self.role is None:
             return None
         if self._compared is None or self._compared[0] is not self.role:
-            self._compared = (self.role, self.role == CANDIDATE)
+            on_cpu = on_host(self.role)
+            self._compared = (self.role, torch.from_numpy(self.role.numpy() == 0) if on_cpu else self.role == CANDIDATE)
         return self._compared[1]
 
     def candidates_by_depth(self) -> Tensor:
@@ -217,6 +232,9 @@ class TokenTree:
             return self.token_ids[:, :0]
         if self.candidates is None:
             return self.topology.nodes_by_depth[:, 1:].expand(self.batch_size, -1)
+        if on_host(self.token_ids):
+            counted = self.candidates.numpy()[:, None].astype(np.int64) @ self.topology.at_depth.numpy()
+            return torch.from_numpy(counted[:, 0])
         depths = self.topology.depths.expand(self.batch_size, -1)
         counts = depths.new_zeros(self.batch_size, self.topology.max_depth + 1)
         return counts.scatter_add_(1, depths, self.candidates.long())[:, 1:]

@@ -8,11 +8,16 @@ Shapes: B rows, N nodes, D depth, V vocabulary, C coins.
 
 from __future__ import annotations
 
+from itertools import compress
+from operator import not_
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.interfaces import Walk
-from specdec.selection import argmax
+from specdec.selection import argmax, on_host
 from specdec.tree import TokenTree
 
 
@@ -25,6 +30,8 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
     """
     if tree.num_nodes == 1:
         return Walk(torch.zeros_like(chosen), chosen)
+    if on_host(chosen):
+        return _follow_on_host(tree, chosen)
     topology = tree.topology
     hit = chosen.gather(1, tree.parents) == tree.token_ids
     if tree.candidates is not None:
@@ -33,6 +40,27 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
     missed = (topology.steps > hit[:, None]).any(-1)
     path = path_to(tree, topology.depths.masked_fill(missed, -1).argmax(-1))
     return Walk(path, chosen.gather(1, path.clamp(min=0)))
+
+
+def _follow_on_host(tree: TokenTree, chosen: Tensor) -> Walk:
+    # The same where there is no device to wait for: one look-up by (parent, token) for each accepted node.
+    longest, numbers = tree.topology.max_depth + 1, range(1, tree.num_nodes)
+    parents = tree.topology.host_parents
+    alive = None if tree.role is None else tree.role.tolist()
+    paths, emitted = [], []
+    for row, (mine, tokens) in enumerate(zip(tree.token_ids.tolist(), chosen.tolist(), strict=True)):
+        nodes: Any = zip(zip(parents[row if len(parents) > 1 else 0][1:], mine[1:], strict=True), numbers, strict=True)
+        if alive is not None:
+            nodes = compress(nodes, map(not_, alive[row][1:]))  # CANDIDATE is 0
+        children = dict(nodes)
+        path, node = [0], children.get((0, tokens[0]))
+        while node is not None:
+            path.append(node)
+            node = children.get((node, tokens[node]))
+        missing = longest - len(path)
+        paths.append(path + [-1] * missing)
+        emitted.append([tokens[node] for node in path] + [tokens[0]] * missing)
+    return Walk(torch.from_numpy(np.array(paths)), torch.from_numpy(np.array(emitted)))
 
 
 def path_to(tree: TokenTree, node: Tensor) -> Tensor:
