@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec import tree as tree_module
 from specdec.tree import CANDIDATE, FEED_ONLY, PADDING, TokenTree, Topology, chain, root_only
+from verifiers import acceptance
 from verifiers.acceptance import Greedy, TargetSampling, follow
 
 VOCAB = 3
@@ -80,6 +82,14 @@ def assert_walk(tree: TokenTree, path: Tensor, tokens: Tensor, chosen: Tensor) -
     return longest
 
 
+@pytest.fixture(params=["on the host", "on a device"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, by look-ups and numpy; and as on an accelerator, by torch alone."""
+    for module in (acceptance, tree_module):
+        monkeypatch.setattr(module, "on_host", lambda _: request.param == "on the host")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("roles", [False, True])
 def test_follow(shared: bool, roles: bool) -> None:
@@ -165,6 +175,20 @@ def test_equal_uniforms_give_equal_tokens_whatever_the_tree() -> None:
     assert walk.tokens[:, 0].tolist() == alone.tokens[:, 0].tolist()
 
 
+@pytest.mark.usefixtures("either_way")
+def test_candidates_are_counted_by_depth() -> None:
+    for seed in range(30):
+        tree = random_tree(seed, shared=seed % 2 > 0)
+        counts = [[0] * tree.topology.max_depth for _ in range(tree.batch_size)]
+        assert tree.role is not None
+        for row, roles in enumerate(tree.role.tolist()):
+            for node, role in enumerate(roles[1:], start=1):
+                if role == CANDIDATE:
+                    counts[row][depths_of(tree.parents[row].tolist())[node] - 1] += 1
+        assert tree.candidates_by_depth().tolist() == counts
+
+
+@pytest.mark.usefixtures("either_way")
 def test_a_candidate_below_padding_is_out_of_reach() -> None:
     for hidden in (PADDING, FEED_ONLY):
         role = torch.tensor([[CANDIDATE, hidden, CANDIDATE]])
