@@ -130,6 +130,7 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callab
     # What the drafter allocates outlives a caller's inference mode.
     with _evaluating(inner), torch.inference_mode(False):
         capabilities.check(target)
+        target.prepare()
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")

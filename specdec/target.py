@@ -241,6 +241,10 @@ class Target:
                 self.model(input_ids=torch.zeros(1, 3, dtype=torch.int64, device=self.device), use_cache=False)
             return torch.equal(self.router.head(states), self._through_model(states))
 
+    def prepare(self) -> None:
+        """Find out how the head is reached, which takes a short pass, before a request has to wait for it."""
+        _ = self._head_is_all
+
     def _through_model(self, states: Tensor) -> Tensor:
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
         with self.router.head_sees(states):
