@@ -175,3 +175,15 @@ def test_the_digest_is_of_the_content() -> None:
     others = [Document(tuple(TALK), finished=False), Document(tuple(TALK[:1])), Document(text="x"), Document(text="y")]
     assert len({document.digest, *(other.digest for other in others)}) == 5
     assert Corpus([document]).skipped == []
+
+
+def test_half_a_character_is_named_and_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    turns = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in ("\ud83d", "Hello")
+    ]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns), encoding="utf-8")
+    found = corpus.chat(str(file))
+    assert len(found.documents) == 1
+    assert "chats.jsonl:1" in found.skipped[0]
+    assert "whole characters" in found.skipped[0]

@@ -312,6 +312,12 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         file = tmp_path / layout / FILE_OF[layout]
         file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
         assert said in refusal(tmp_path / layout)
+    old = write(tmp_path / "old", {}, {}, "medusa_lm_head.pt") / "medusa_lm_head.pt"
+    torch.save({"0.0.linear.weight": torch.ones(8, 8)}, old, _use_new_zipfile_serialization=False)
+    whole = old.read_bytes()
+    for length in range(1, len(whole), 7):
+        old.write_bytes(whole[:length])
+        assert "expected a pickle of tensors alone, whole" in refusal(tmp_path / "old"), length
     evil = write(tmp_path / "evil", {}, {}, "medusa_lm_head.pt")
     torch.save({"0.0.linear.weight": torch.zeros(2), "code": Path("x")}, evil / "medusa_lm_head.pt")
     assert "what needs more is not loaded" in refusal(evil)

@@ -242,6 +242,8 @@ def test_every_recipe_makes_its_drafter(recipe: str, tmp_path: Path) -> None:
         config = compose("train", overrides=[f"recipe={recipe}", "data.path=x", f"output={tmp_path}", *stage])
     drafter: Any = OmegaConf.to_container(config.drafter, resolve=True)
     assert hasattr(build(drafter), "lesson")
+    # Else the heads that are shipped for the embedded target would be trained on, whatever the recipe's sizes.
+    assert drafter["path"] == ("somewhere" if recipe == "medusa_2" else "new")
     assert config.data._target_ == "specdec.training.corpus.chat"
     assert 1e-6 < config.trainer.learning_rate < 1e-2
     assert config.trainer.eval_steps == config.trainer.save_steps

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from specdec.training.features import Frozen, check_packed
 
 CONFIG, METRICS, LOSSES, DRAFTER, PROVENANCE = "config.yaml", "metrics.json", "log.jsonl", "drafter", "provenance.json"
 # What may differ between two starts of one run.
-_VOLATILE = ("output", "overwrite", "resume", "threads", "features")
+_VOLATILE = ("output", "overwrite", "resume", "threads", "features", "layout")
 INTERRUPTED = 130
 OPEN_PARTS = ("loss", "trainer")  # whose options are named by the lesson and by transformers
 
@@ -79,6 +80,9 @@ def run(config: DictConfig) -> float | int | None:
     )
     check_packed(target)
     pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
+    if not (settings["loss"] or {}).get("joint"):
+        with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
+            drafter.save(Path(scratch), settings["layout"])
     frozen = Frozen(target, pupil.lesson.taps)
     texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint}

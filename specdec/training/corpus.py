@@ -219,12 +219,21 @@ def _document(record: Any, text_field: str, needs_prompt: bool = False) -> Docum
     if not isinstance(content, str) or not content.strip() or (needs_prompt and "prompt" not in record):
         known = "'messages', 'conversations' or 'text' with a 'prompt'" if needs_prompt else f"a text in {text_field!r}"
         raise ValueError(f"expected {known}, got {', '.join(map(repr, record)) or 'nothing'}")
+    _check_encodable(content)
     if not isinstance(prompt, str) or not content.startswith(prompt):
         # Such a field belongs to somebody else where all of the text is to be learnt.
         if needs_prompt:
             raise ValueError(f"expected the text to begin with its prompt, got {prompt!r:.60}")
         prompt = ""
     return Document(text=content, prompt=prompt, finished=finished, document_id=identity)
+
+
+def _check_encodable(text: str) -> None:
+    # JSON may hold one half of a character beyond the basic plane, which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected whole characters, got {text[error.start]!r}, one half of one") from error
 
 
 def _messages(record: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -241,6 +250,7 @@ def _messages(record: Mapping[str, Any]) -> tuple[Message, ...]:
             raise ValueError(f"turn {number}: expected {role_key!r} to be one of {', '.join(roles)}; got {role!r:.40}")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"turn {number}: expected a text in {content_key!r}, got {content!r:.40}")
+        _check_encodable(content)
         messages.append({"role": roles[role], "content": content})
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("expected an assistant turn, got none")
