@@ -155,8 +155,8 @@ def speculate(
         drafter: a name in ``conf/drafter``, or a drafter.
         verifier: a name in ``conf/verifier``, or a verifier.
         acceptance: a name in ``conf/acceptance``; None takes the lossless rule that suits the request.
-        compile: run the target's full passes as compiled graphs: seconds to minutes at first, several times less
-            overhead afterwards where a model is small. What compiles is logged (``logging``, name ``specdec``).
+        compile: run the target's full passes as compiled graphs, which take seconds to minutes to make in every
+            process. What compiles is logged (``logging``, name ``specdec``).
         **options: constructor arguments of the drafter.
 
     Returns:

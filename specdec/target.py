@@ -188,6 +188,20 @@ class Target:
         """From now on run full passes over trees of up to ``max_nodes`` as compiled graphs (``specdec.compiled``)."""
         head = self.router.head if self._head_is_all else None
         self.compiled = CompiledPass(self.model, head, max_nodes, announce)
+        if not self._head_reads_decoder():
+            self.compiled.failure = "something lies between this model's decoder and its output head"
+            self._warn_uncompiled(self.compiled.failure)
+
+    @torch.inference_mode()
+    def _head_reads_decoder(self) -> bool:
+        """Whether the output head receives what leaves the decoder, which is where a graph ends."""
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=self.device)
+        with self.router.taps(("final",)) as recorded:
+            self.model(input_ids=ids, use_cache=False)
+        return torch.equal(recorded["final"][0], self.model.get_decoder()(input_ids=ids, use_cache=False)[0])
+
+    def _warn_uncompiled(self, reason: str) -> None:
+        warnings.warn(f"{reason}; the passes of {self.name} run uncompiled", stacklevel=3)
 
     def _run_compiled(
         self, compiled: CompiledPass, context: Context, tree: TokenTree, taps: Sequence[Tap]
@@ -199,7 +213,7 @@ class Target:
         inputs = self._inputs(context, tree, 0, nodes, compiled.bucket(nodes) - nodes)
         outcome = compiled(context, inputs)
         if outcome is None:
-            warnings.warn(f"{compiled.failure}; the passes of {self.name} run uncompiled", stacklevel=2)
+            self._warn_uncompiled(compiled.failure or "")
             return None
         states, logits = outcome
         if logits is None:

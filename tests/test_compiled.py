@@ -17,6 +17,7 @@ from specdec import compiled
 from specdec.build import build_drafter, build_verifier
 from specdec.generation import attach, speculation_of
 from test_contract import model_of, plain_text, prompts
+from zoo import build
 
 NEW_TOKENS = 24
 
@@ -103,6 +104,35 @@ def test_what_a_graph_does_not_return_comes_from_ordinary_passes() -> None:
         assert told == []
     finally:
         specdec.restore(model)
+
+
+def test_changed_weights_make_new_graphs() -> None:
+    model, told = build("llama"), list[str]()
+    speculating(model, "none", told)
+    try:
+        for _ in range(2):
+            model.generate(**prompts(1), max_new_tokens=4)
+        assert len(told) == 2, "compiling and compiled, once"
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+        changed = model.generate(**prompts(1), max_new_tokens=8).tolist()
+        assert len(told) == 4
+    finally:
+        specdec.restore(model)
+    assert changed == model.generate(**prompts(1), max_new_tokens=8).tolist()
+
+
+def test_a_head_that_reads_something_else_is_left_alone() -> None:
+    model, told = build("llama"), list[str]()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].flip(-1),))
+    expected = model.generate(**prompts(1), max_new_tokens=8).tolist()
+    with pytest.warns(UserWarning, match="between this model's decoder and its output head.*uncompiled"):
+        speculating(model, "token_recycling", told)
+    try:
+        assert model.generate(**prompts(1), max_new_tokens=8).tolist() == expected
+    finally:
+        specdec.restore(model)
+    assert told == []
 
 
 @pytest.mark.slow

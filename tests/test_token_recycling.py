@@ -78,7 +78,9 @@ def test_bad_settings() -> None:
     assert TokenRecycling().needs.max_nodes == 25
 
 
-def test_unseen_successors_are_padding() -> None:
+@pytest.mark.parametrize("by_numpy", [False, True])
+def test_unseen_successors_are_padding(by_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_recycling, "on_host", lambda _: by_numpy)
     drafter = fitted()
     tree = drafter.propose(state_of([0, 3]))
     tree.check()
