@@ -140,7 +140,7 @@ def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str
     return built
 
 
-def speculate(  # noqa: PLR0913 - the options of one call
+def speculate(
     model: Any,
     drafter: str | Mapping[str, Any] | Drafter = "token_recycling",
     verifier: str | Verifier = "tree_attention",
@@ -170,4 +170,6 @@ def speculate(  # noqa: PLR0913 - the options of one call
     """
     unwrap(model)
     compiling = _LOG.info if compile else None
-    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling, cuda_graphs)
+    return attach(
+        model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling, cuda_graphs
+    )

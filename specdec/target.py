@@ -26,6 +26,7 @@ from specdec.graphs.cuda import CudaGraphs
 from specdec.interfaces import Context, Needs, Tap
 from specdec.routing import FULL, Route, Router
 from specdec.selection import top_k
+from specdec.transfer import upload
 from specdec.tree import TokenTree
 from specdec.visibility import AttentionKinds, attention_masks
 
@@ -206,7 +207,7 @@ class Target:
             CudaGraphs(self.device) if capture else None,
         )
 
-    def _as_graph(  # noqa: PLR0913 - all that a pass consists of
+    def _as_graph(
         self,
         graphs: passes.GraphPasses,
         context: Context,
@@ -237,7 +238,7 @@ class Target:
                 for length, path in zip(context.lengths, paths, strict=True)
             ]
             target = [[length + i for i in range(longest)] for length in context.lengths]
-            both = torch.tensor([source, target], device=context.template["position_ids"].device)
+            both = upload([source, target], context.template["position_ids"].device)
             context.cache.move(both[0], both[1])
         context.lengths = [length + len(path) for length, path in zip(context.lengths, paths, strict=True)]
 
@@ -296,7 +297,7 @@ class Target:
             slots: int | Tensor = lengths[0] + start
         else:
             device = tree.token_ids.device
-            slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(start, stop, device=device)
+            slots = upload(lengths, device)[:, None] + torch.arange(start, stop, device=device)
         cache.begin(slots, stop - start, max(lengths) + stop)
         inputs = dict(context.template)
         inputs["input_ids"] = tree.token_ids[:, start:stop]
@@ -319,7 +320,7 @@ class Target:
         limits = [budget - 1 for budget in context.budgets]
         if len(set(ahead)) == 1 and len(set(limits)) == 1:
             return depths.clamp(max=limits[0]) + ahead[0] if limits[0] < tree.topology.max_depth else depths + ahead[0]
-        rows = torch.tensor([limits, ahead], device=depths.device)[..., None]
+        rows = upload([limits, ahead], depths.device)[..., None]
         return torch.minimum(depths, rows[0]) + rows[1]
 
 

@@ -5,6 +5,7 @@ Shapes: B rows, n nodes of a pass, M nodes of its bucket (n <= M), K slots seen,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class Buffers:
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
         self.capacity = cache.capacity
 
-    def fill(self, inputs: dict[str, Any], cache: TreeCache, states: Tensor | None) -> list[Tensor]:
+    def fill(self, inputs: Mapping[str, Any], cache: TreeCache, states: Tensor | None) -> list[Tensor]:
         """Write a pass over ``[B, n]`` and return what the graph takes, in its order (``graphs.tracing``).
 
         Args:

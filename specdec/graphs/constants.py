@@ -112,14 +112,16 @@ class Weights:
             state = hashlib.blake2b(digest_size=16)
             for name, value in self.named.items():
                 state.update(name.encode())
-                state.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                state.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             self._digest = state.hexdigest()
         return self._digest
 
 
 def _pack(weight: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().clone(memory_format=torch.contiguous_format), _ROWS)
+        return torch.ops.mkldnn._reorder_linear_weight(
+            weight.detach().clone(memory_format=torch.contiguous_format), _ROWS
+        )
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

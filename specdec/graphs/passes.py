@@ -76,7 +76,7 @@ class GraphPasses:
         capture: None runs without fixed buffers.
     """
 
-    def __init__(  # noqa: PLR0913 - what a target consists of, and two ways to run it
+    def __init__(
         self,
         model: Any,
         router: Router,

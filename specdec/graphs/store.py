@@ -39,7 +39,7 @@ def folder() -> Path:
     return base / "graphs"
 
 
-def identity(model: nn.Module, kinds: list[str] | None) -> str | None:
+def identity(model: Any, kinds: list[str] | None) -> str | None:
     """Digest of what the code of a model's graphs depends on; None where a hook makes that unknowable.
 
     Args:
@@ -52,8 +52,8 @@ def identity(model: nn.Module, kinds: list[str] | None) -> str | None:
     for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         state.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device} {value.stride()}\n".encode())
     config = model.config.to_dict()
-    config.pop("_name_or_path", None)  # type: ignore[union-attr]
-    attention = model.config.get_text_config(decoder=True)._attn_implementation  # type: ignore[union-attr, operator]
+    config.pop("_name_or_path", None)
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
     parts = [repr(model), json.dumps(config, sort_keys=True, default=str), str(attention), str(kinds), *_code(model)]
     for part in (*parts, *_machine(), *_ours()):
         state.update(part.encode())
@@ -66,7 +66,7 @@ def _code(model: nn.Module) -> Iterator[str]:
     kinds = {type(module).forward for module in model.modules()}
     codes = {code for forward in kinds if (code := getattr(inspect.unwrap(forward), "__code__", None)) is not None}
     for code in sorted(codes, key=lambda code: (code.co_filename, code.co_firstlineno)):
-        yield f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name} {code.co_code.hex()} {code.co_names}"
+        yield f"{code.co_name} {code.co_code.hex()} {code.co_names}"
     for file in sorted({code.co_filename for code in codes}):
         if Path(file).is_file():
             yield hashlib.blake2b(Path(file).read_bytes()).hexdigest()
