@@ -15,7 +15,7 @@ DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "target"
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer, the name it goes by in reports, and whether its passes are to be compiled, captured."""
+    """A model with its tokenizer, its name in reports, and whether its passes are to be compiled or captured."""
 
     model: Any
     tokenizer: Any

@@ -22,6 +22,7 @@ from specdec.generation import attach, speculation_of
 from specdec.graphs import cuda, passes, store, tracing
 from specdec.graphs.buffers import PassShape
 from specdec.graphs.constants import Weights, explain
+from specdec.routing import FULL, Route
 from test_contract import model_of, plain_text, prompts
 from zoo import build
 
@@ -294,7 +295,7 @@ def test_a_key_tells_models_apart() -> None:
 def test_a_key_tells_passes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer()
     kept = store.Store("model", Weights(model))
-    route = specdec.routing.Route
+    route = Route
     shapes = [
         PassShape(1, 8, route()),
         PassShape(2, 8, route()),
@@ -308,6 +309,18 @@ def test_a_key_tells_passes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     places.append(kept._place(shapes[0]))
     assert len(set(places)) == len(places)
+
+
+def test_a_graph_that_cannot_be_read_is_thrown_away() -> None:
+    kept, shape = store.Store("model", Weights(one_layer())), PassShape(1, 8, FULL)
+    assert kept.load(shape) is None
+    place = kept._place(shape)
+    assert place is not None
+    place.mkdir(parents=True)
+    (place / "graph.pt2").write_bytes(b"half a file")
+    (place / "constants.json").write_text("{}", encoding="utf-8")
+    assert kept.load(shape) is None
+    assert not place.exists()
 
 
 def test_constants_are_recipes_or_kept() -> None:

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -23,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import specdec
-from specdec.build import choices
+from specdec.build import build_drafter, choices
 from specdec.decoding import Step
-from specdec.interfaces import DecodeState
+from specdec.interfaces import DecodeState, Drafter
 from test_contract import model_of, prompts
 from zoo import build
 
 ROOT = Path(__file__).resolve().parent.parent
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__iter__")
 # Operations whose result has as many entries as the values of their inputs say.
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "unique_", "repeat_interleave.Tensor", "bincount", "equal")
@@ -52,6 +53,8 @@ class Spy(TorchDispatchMode):
         super().__init__()
         self.device: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.waits: Counter[str] = Counter()
+        self.operations = 0
+        self.operations_per_step: list[int] = []
         self.within = False
 
     def mark(self, value: Any) -> None:
@@ -70,9 +73,10 @@ class Spy(TorchDispatchMode):
         where = frames[-1] if frames else traceback.extract_stack()[-3]
         self.waits[f"{Path(where.filename).name}:{where.lineno} {where.line}"] += 1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.operations += 1
         if self.on_device([*args, *kwargs.values()]):
             name = str(func).removeprefix("aten.")
             by_mask = name.startswith(("index.", "index_put")) and any(
@@ -90,7 +94,7 @@ def _is_ours(file: str) -> bool:
 
 
 @pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
 
     def counted(name: str) -> Callable[..., Any]:
@@ -101,7 +105,11 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
                 spy.note()
             before, spy.within = spy.within, True  # one read may call another
             try:
-                return plain(self, *args, **kwargs)
+                result = plain(self, *args, **kwargs)
+                if name == "cpu" and result is self:  # a copy on the host, which may be read for nothing
+                    result = self.detach()
+                    spy.device.pop(result, None)
+                return result
             finally:
                 spy.within = before
 
@@ -109,11 +117,11 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
     for name in READS:
         monkeypatch.setattr(Tensor, name, counted(name))
-    for module in list(sys.modules.values()):
-        if getattr(module, "on_host", None) is specdec.selection.on_host and module is not specdec.selection:
-            monkeypatch.setattr(module, "on_host", lambda _: False)
-    monkeypatch.setattr(specdec.selection, "on_host", lambda _: False)
-    yield spy
+    for package in ("specdec", "drafters", "verifiers"):
+        for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == package]:
+            if hasattr(module, "on_host"):
+                monkeypatch.setattr(module, "on_host", lambda _: False)
+    return spy
 
 
 def tensors_within(value: Any, seen: set[int], depth: int = 0) -> Iterator[Tensor]:
@@ -135,22 +143,24 @@ def tensors_within(value: Any, seen: set[int], depth: int = 0) -> Iterator[Tenso
         yield from tensors_within(getattr(value, "__dict__", {}), seen, depth + 1)
 
 
-def waits_per_step(drafter: str, spy: Spy, batch: int, **generate: Any) -> list[Counter[str]]:
+def waits_per_step(drafter: str | Drafter, spy: Spy, batch: int, **generate: Any) -> list[Counter[str]]:
     """Waits of every step after the prefill."""
     model, steps = model_of("llama"), list[Counter[str]]()
     specdec.speculate(model, drafter)
     handle = specdec.speculation_of(model)
     for part in (*model.parameters(), *model.buffers()):
         spy.mark(part)
-    # What a drafter keeps on the host by its method, tables and texts, is numpy's and lists; its tensors are the device's.
-    if drafter not in ("trigram", "lookahead", "rest", "suffix_automaton"):
+    # What these keep is on the host by their method: tables, pools, texts.
+    if handle.drafter.name not in ("trigram", "lookahead", "rest", "suffix_automaton"):
         for tensor in tensors_within(handle.drafter, set()):
             spy.mark(tensor)
 
     def observe(state: DecodeState, step: Step) -> None:
         if step.tree is not None:
             steps.append(Counter(spy.waits))
+            spy.operations_per_step.append(spy.operations)
         spy.waits.clear()
+        spy.operations = 0
         spy.mark(state.root)
 
     handle.observers.append(observe)
@@ -195,6 +205,24 @@ def test_the_spy_sees_what_waits(spy: Spy) -> None:
         assert spy.waits.total() == 4
 
 
+WIDE = [[rank] for rank in range(8)] + [[above, rank] for above in range(8) for rank in range(7)]
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", "medusa", "hydra_heads"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_larger_tree_asks_for_no_more_operations(drafter: str, sampled: bool, spy: Spy) -> None:
+    """Neither drafting nor the mask, the walk and the learning go through nodes or the vocabulary one by one."""
+    counts = []
+    for paths in ([[0], [0, 0]], WIDE):
+        name = "paths" if drafter == "token_recycling" else "tree"
+        spy.operations_per_step.clear()
+        torch.manual_seed(0)
+        waits_per_step(build_drafter(drafter, **{name: paths}), spy, 1, do_sample=sampled)
+        counts.append(median(spy.operations_per_step[1:]))
+    # A path that is not the first child's moves K/V, a few operations; a loop over nodes would add 62 of them or more.
+    assert counts[1] < counts[0] + 30, "65 nodes against 3, at the same depth"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("drafter", choices("drafter"))
 def test_a_step_waits_once_on_cuda(drafter: str) -> None:
@@ -205,7 +233,7 @@ def test_a_step_waits_once_on_cuda(drafter: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
 
-        def observe(_: DecodeState, step: Step) -> None:
+        def observe(*_: Any) -> None:
             counts.append(sum("synchronizing" in str(one.message) for one in caught))
             caught.clear()
             torch.cuda.set_sync_debug_mode("warn")

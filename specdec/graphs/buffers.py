@@ -82,6 +82,7 @@ class Buffers:
         self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
         self.capacity = cache.capacity
+        self._reached = 0  # columns that some pass has made visible
 
     def fill(self, inputs: Mapping[str, Any], cache: TreeCache, states: Tensor | None) -> list[Tensor]:
         """Write a pass over ``[B, n]`` and return what the graph takes, in its order (``graphs.tracing``).
@@ -106,7 +107,8 @@ class Buffers:
         for kind, whole in self.masks.items():
             mask = masks[kind] if isinstance(masks, dict) else masks
             whole[:, :, :nodes, : cache.span] = 0 if mask is None else mask
-            whole[:, :, :nodes, cache.span : span] = self.low
+            whole[:, :, :nodes, cache.span : max(span, self._reached)] = self.low
+        self._reached = max(cache.span, self._reached)
         if self.states is not None:
             assert states is not None, "this route starts from states"
             self.states[:, :nodes] = states

@@ -148,6 +148,7 @@ class GraphPasses:
             and not template.get("output_hidden_states")
             and not template.get("output_attentions")
             and template["position_ids"].dim() == 2
+            and _additive(inputs["attention_mask"])
             and not self.model.training
             and (route.logits or bool(taps))
         )
@@ -216,3 +217,9 @@ class GraphPasses:
             run = self.capture(lambda: graph(tensors))
             self._views[shape] = buffers, run
         return [output.clone() for output in run()]
+
+
+def _additive(masks: Any) -> bool:
+    """Whether masks are numbers to be added to scores; a backend may bring its own kind."""
+    found = masks.values() if isinstance(masks, dict) else [masks]
+    return all(mask is None or mask.is_floating_point() for mask in found)

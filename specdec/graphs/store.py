@@ -112,7 +112,7 @@ class Store:
         return folder() / hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def load(self, shape: PassShape) -> Graph | None:
-        """The graph of these passes, where it has been made before."""
+        """The graph of these passes, where it has been made before; one that cannot be read is thrown away."""
         place = self._place(shape)
         if place is None or not place.parent.is_dir():
             return None
@@ -120,7 +120,13 @@ class Store:
             if not any(place.parent.glob(f"{place.name}-*")):
                 return None
             place = place.with_name(f"{place.name}-{self.weights.digest}")
-        return _open(place, self.weights) if place.is_dir() else None
+        if not place.is_dir():
+            return None
+        try:
+            return _open(place, self.weights)
+        except (RuntimeError, OSError, ValueError, KeyError):
+            shutil.rmtree(place)
+            return None
 
     def compile(self, shape: PassShape, program: torch.export.ExportedProgram) -> Graph:
         """Make the graph of these passes, and keep it for the next process where it is the model's own.
