@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.interfaces import Prefill, Tap
+from specdec.transfer import upload
 from specdec.tree import Topology
 from specdec.visibility import FULL, AttentionKinds, attention_masks
 
@@ -138,7 +139,7 @@ class GrowingRows:
         self._place(nodes.stop - nodes.start, nodes.start)
         topology = topology.to(self._keys.device)
         first = self.lengths[:1] if len(set(self.lengths)) == 1 else self.lengths
-        positions = topology.depths[:, nodes] + torch.tensor(first, device=self._keys.device)[:, None]
+        positions = topology.depths[:, nodes] + upload(first, self._keys.device)[:, None]
         return positions, attention_masks(_EVERYTHING, topology, nodes, self.lengths, self._keys.dtype)
 
     def _place(self, count: int, ahead: int) -> Tensor:
@@ -151,7 +152,7 @@ class GrowingRows:
         if len(set(self.lengths)) == 1:
             self._slots = self.lengths[0] + ahead
             return torch.arange(self._slots, self._seen, device=device)[None]
-        starts = torch.tensor(self.lengths, device=device)[:, None]
+        starts = upload(self.lengths, device)[:, None]
         self._slots = starts + torch.arange(ahead, ahead + count, device=device)
         return self._slots
 
@@ -178,7 +179,7 @@ class GrowingRows:
                 [[length + node for node in (*path, *range(len(path), longest))], [*range(length, length + longest)]]
                 for length, path in zip(self.lengths, paths, strict=True)
             ]
-            source, target = torch.tensor(moves, device=self._keys.device).unbind(1)
+            source, target = upload(moves, self._keys.device).unbind(1)
             rows = torch.arange(len(paths), device=self._keys.device)[:, None]
             for store in (self._keys, self._values):
                 store[rows, :, target] = store[rows, :, source]

@@ -24,6 +24,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.sampling import Policy
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, root_only
 
 SHAPES = ("chain", "chains", "top_k", "rsd_c", "rsd_s")
@@ -204,12 +205,12 @@ class _Uniforms:
         self.generator, self.device = state.generator, state.root.device
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu").to(self.device)
+        return upload(torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu"), self.device)
 
 
 def _silence(tree: TokenTree, quiet: list[bool]) -> None:
     """Turn all nodes below the root of quiet rows into padding, their events into none."""
-    rows = torch.tensor(quiet, device=tree.token_ids.device)[:, None]
+    rows = upload(quiet, tree.token_ids.device)[:, None]
     role = torch.full_like(tree.token_ids, CANDIDATE) if tree.role is None else tree.role
     below = torch.arange(tree.num_nodes, device=rows.device) > 0
     tree.role = role.masked_fill(rows & below, PADDING)

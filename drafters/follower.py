@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from specdec.interfaces import Context, DecodeState, Needs, Prefill
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import TokenTree, Topology
 
 
@@ -105,11 +106,11 @@ class Growth:
         self.width = max(self.counts)
         device = target.device
         rows = [[*tokens, *[0] * (self.width - len(tokens))] for tokens in unread]
-        self._tokens = torch.tensor(rows, device=device)
+        self._tokens = upload(rows, device)
         self._levels: tuple[tuple[int, ...], ...] = ()
         self._root: int | Tensor = self.width - 1
         if min(self.counts) < self.width:
-            self._root = torch.tensor(self.counts, device=device)[:, None] - 1
+            self._root = upload(self.counts, device)[:, None] - 1
         self._parents: Tensor | None = None
 
     def root(self) -> Tensor:
@@ -155,7 +156,7 @@ class Growth:
         if self._parents is None:
             planned = _planned(self.width, self._levels, device)
             self._parents, self._depth = planned.parents, planned.max_depth
-        level = torch.tensor([parents], device=device) if isinstance(parents, tuple) else parents.to(device)
+        level = upload([parents], device) if isinstance(parents, tuple) else parents.to(device)
         level = torch.where(level == 0, self._root, level + (self.width - 1))
         rows = max(level.shape[0], self._parents.shape[0])
         self._parents = torch.cat([self._parents.expand(rows, -1), level.expand(rows, -1)], dim=1)

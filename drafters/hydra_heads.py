@@ -36,6 +36,7 @@ from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.selection import top_k
 from specdec.target import Target
 from specdec.templates import Template, best_first
+from specdec.transfer import upload
 from specdec.tree import TokenTree
 
 NEW = "new"  # in place of a path
@@ -214,7 +215,7 @@ class Hydra(BaseDrafter):
             # two (1,000 keys, 4 heads of 64: 0.43 and 0.14 ms).
             longest = max(2, *(len(path) for path in paths))
         # Short rows are filled up with node 0, which is read and not kept.
-        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
+        nodes = upload([path + [0] * (longest - len(path)) for path in paths], states.device)
         if len(paths) == 1:
             read = states.index_select(1, nodes[0])
         else:
@@ -233,7 +234,7 @@ class Hydra(BaseDrafter):
         if len(set(counts)) == 1:
             self._states = read[:, counts[0] - 1 : counts[0]]
         else:
-            last = torch.tensor(counts, device=read.device).sub_(1).clamp_(min=0)
+            last = upload([max(count - 1, 0) for count in counts], read.device)
             self._states = read.gather(1, last[:, None, None].expand(-1, 1, read.shape[2]))
 
     def _ours(self, x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.routing import Route
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import TokenTree, root_only
 
 SHAPES = ("chain", "top_k")
@@ -227,7 +228,7 @@ class Kangaroo(BaseDrafter):
             return
         states = verification.states[self._layer]
         nodes = [[*found, *[0] * (max(counts) - len(found))] for found in unread]
-        index = torch.tensor(nodes, device=states.device)
+        index = upload(nodes, states.device)
         self.adapter.read(states[torch.arange(len(nodes), device=states.device)[:, None], index], counts, self._rows)
 
     def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the protocol's signature

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drafters.ranked_trees import best_children, roles
+from specdec.transfer import upload
 from specdec.tree import TokenTree, Topology, root_only
 
 Scores = Callable[[TokenTree, slice], Tensor]
@@ -75,7 +76,7 @@ class ExpandedTree:
         Returns:
             the tree, and how many of its nodes have been run: the first ones.
         """
-        growing = torch.tensor(active, device=root.device)[:, None]
+        growing = upload(active, root.device)[:, None]
         first = torch.zeros_like(root[:, None])
         run = [_Level(root[:, None], first.float(), first, first)]
         level, sure = self._children(scores(root_only(root), slice(0, 1)), run[0], 0, growing)

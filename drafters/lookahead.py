@@ -31,6 +31,7 @@ from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import argmax
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import FEED_ONLY, TokenTree, pad_rows
 
 Ngram = tuple[int, ...]
@@ -194,7 +195,7 @@ class Lookahead(BaseDrafter):
         running = ~np.array(finished)[:, None]
         fed = torch.from_numpy(running & (node >= starts) & (node < starts + self._parents.size))
         role = torch.zeros_like(tree.token_ids) if tree.role is None else tree.role
-        tree.role = role.masked_fill_(fed.to(role.device), FEED_ONLY)
+        tree.role = role.masked_fill_(upload(fed, role.device), FEED_ONLY)
         return tree
 
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
@@ -206,7 +207,7 @@ class Lookahead(BaseDrafter):
         first = torch.tensor([self._starts[row] for row in rows]) + (self.levels - 1) * self.window
         nodes = first[:, None] + torch.arange(self.window)
         device = verification.logits.device
-        last = verification.logits[torch.tensor(rows, device=device)[:, None], nodes.to(device)]
+        last = verification.logits[upload(rows, device)[:, None], upload(nodes, device)]
         successors = argmax(last).cpu().numpy()
         for row, new in zip(rows, successors, strict=True):
             window = self._windows[row]

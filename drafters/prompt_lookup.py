@@ -11,6 +11,7 @@ import torch
 
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs
+from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, chain, root_only
 
 
@@ -50,10 +51,10 @@ class PromptLookup(BaseDrafter):
         tokens = np.zeros((len(drafts), longest), np.int64)
         for row, draft in enumerate(drafts):
             tokens[row, : len(draft)] = draft
-        token_ids = torch.cat([state.root[:, None], torch.from_numpy(tokens).to(device)], dim=1)
+        token_ids = torch.cat([state.root[:, None], upload(tokens, device)], dim=1)
         role = None
         if any(len(draft) < longest for draft in drafts):
-            lengths = torch.tensor([len(draft) for draft in drafts], device=device)[:, None]
+            lengths = upload([len(draft) for draft in drafts], device)[:, None]
             node = torch.arange(longest + 1, device=device)
             role = torch.where(node <= lengths, CANDIDATE, PADDING)
         return TokenTree(token_ids, chain(longest + 1, device), role, sources=(self.name,))

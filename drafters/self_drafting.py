@@ -22,6 +22,7 @@ from specdec.interfaces import DecodeState
 from specdec.routing import Route
 from specdec.selection import argmax, top_k
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, Topology, chain
 
 
@@ -162,7 +163,7 @@ def comb_tree(root: Tensor, draft: Draft, widths: Sequence[Sequence[int]], name:
     token_ids = torch.cat(columns, dim=1)
     offered = np.array([[1 << 30] * len(lengths), *widths]).T  # [B, steps + 1], the root first
     alive = (shape.depths <= np.array(lengths)[:, None]) & (shape.ranks < offered[:, shape.depths])
-    role = None if alive.all() else torch.from_numpy(np.where(alive, CANDIDATE, PADDING)).to(root.device)
+    role = None if alive.all() else upload(np.where(alive, CANDIDATE, PADDING), root.device)
     return TokenTree(token_ids, shape.topology, role, sources=(name,), rank=shape.rank)
 
 

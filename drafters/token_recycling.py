@@ -22,6 +22,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import on_host, top_k
 from specdec.target import Target
 from specdec.templates import Template
+from specdec.transfer import upload
 from specdec.tree import PADDING, TokenTree
 
 # Children by rank path of the parent, as counted from the authors' "2.2.2" tree: 80 nodes, depth 6.
@@ -161,7 +162,7 @@ class TokenRecycling(BaseDrafter):
         if any(verification.finished):
             # Nothing is learnt past a stop.
             rows = zip(verification.path, verification.finished, strict=True)
-            emitted = torch.tensor([len(path) if done else nodes for path, done in rows], device=device)
+            emitted = upload([len(path) if done else nodes for path, done in rows], device)
             worth = worth.masked_fill(tree.topology.depths >= emitted[:, None], -1)
         self._learn(tree.token_ids, successors, worth)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.interfaces import Drafter
+from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, Topology
 
 Nodes = tuple[list[int], list[int]]
@@ -78,7 +79,7 @@ def by_row(first: TokenTree, second: TokenTree, takes_first: list[bool], second_
             "or begun inside the target); expected one that proposes tokens only, such as token_recycling"
         )
     device, size = first.token_ids.device, max(first.num_nodes, second.num_nodes)
-    takes = torch.tensor(takes_first, device=device)[:, None]
+    takes = upload(takes_first, device)[:, None]
 
     def mix(of_first: Tensor, of_second: Tensor, fill: int) -> Tensor:
         pad = [F.pad(x, (0, size - x.shape[1]), value=fill) for x in (of_first, of_second)]

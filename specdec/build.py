@@ -146,6 +146,7 @@ def speculate(
     verifier: str | Verifier = "tree_attention",
     acceptance: str | None = None,
     compile: bool = False,
+    cuda_graphs: bool = False,
     **options: Any,
 ) -> Any:
     """Make ``model.generate()`` speculate: same arguments, same result, sooner.
@@ -155,16 +156,20 @@ def speculate(
         drafter: a name in ``conf/drafter``, or a drafter.
         verifier: a name in ``conf/verifier``, or a verifier.
         acceptance: a name in ``conf/acceptance``; None takes the lossless rule that suits the request.
-        compile: run the target's full passes as compiled graphs, which take seconds to minutes to make in every
-            process. What compiles is logged (``logging``, name ``specdec``).
+        compile: run the target's passes as compiled graphs. Making one takes seconds to minutes, once per machine;
+            later processes load it (``specdec.graphs.store``). What compiles is logged (``logging``, name ``specdec``).
+        cuda_graphs: capture the target's passes as CUDA graphs, compiled or not.
         **options: constructor arguments of the drafter.
 
     Returns:
         ``model``; ``model.speculation`` holds the statistics. A second call replaces the first.
 
     Raises:
-        ValueError: an unknown name or option, a model that cannot run token trees, a drafter that does not fit it.
+        ValueError: an unknown name or option, a model that cannot run token trees, a drafter that does not fit it,
+            CUDA graphs of a model that is not on a CUDA device.
     """
     unwrap(model)
     compiling = _LOG.info if compile else None
-    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling)
+    return attach(
+        model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling, cuda_graphs
+    )

@@ -120,7 +120,7 @@ class TreeCache(Cache):
         mask: Tensor | None,
         reserve: int,
         release: bool = False,
-        separate: bool = False,
+        for_graphs: bool = False,
     ) -> None:
         """Gather the prompt of every row into slots ``0..P_b-1``.
 
@@ -129,20 +129,22 @@ class TreeCache(Cache):
             mask: bool ``[B, columns]``, false for padding (PEFT puts virtual tokens in front of it); None = no padding.
             reserve: slots to have at least.
             release: let go of each prefilled layer once it is copied (nobody else holds the cache).
-            separate: a slab for every layer's keys and one for its values, since a compiled graph that writes into
-                tensors which share memory would copy all of it.
+            for_graphs: a slab for every layer's keys and one for its values, since a compiled graph that writes into
+                tensors which share memory would copy all of it; and a last slot that nobody reads, for the nodes by
+                which a pass is padded.
         """
         self.columns = prefilled.get_seq_length()
         batch = prefilled.layers[0].keys.shape[0]
         real = torch.ones(batch, self.columns, dtype=torch.bool) if mask is None else mask
         self._real = [row.nonzero().squeeze(-1) for row in real]
         self.padding = [self.columns - len(columns) for columns in self._real]
-        self.capacity = _bucket(max(reserve, self.columns))
+        self._spare = int(for_graphs)
+        self.capacity = _bucket(max(reserve, self.columns) + self._spare)
         self.span, self.width = self.columns, 0
         self.slots: int | Tensor = 0
         self._rows: dict[_Slab, Tensor] = {}
         self._slabs: list[_Slab] = []
-        super().__init__(layers=self._allocate(prefilled, separate))
+        super().__init__(layers=self._allocate(prefilled, for_graphs))
         for source, layer in zip(prefilled.layers, self.layers, strict=True):
             self._load(source, layer)
             if release:
@@ -176,9 +178,9 @@ class TreeCache(Cache):
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` slots; called between passes only."""
-        if slots <= self.capacity:
+        if slots + self._spare <= self.capacity:
             return
-        self.capacity = _bucket(max(slots, self.capacity + self.capacity // 2))
+        self.capacity = _bucket(max(slots + self._spare, self.capacity + self.capacity // 2))
         for slab in self._slabs:
             slab.grow(self.capacity)
         for layer in self.layers:

@@ -18,6 +18,7 @@ from specdec.interfaces import DecodeState, Drafter, History, Prefill, Verificat
 from specdec.metrics import SpeculationStats
 from specdec.sampling import Policy
 from specdec.target import PassOutput, Target
+from specdec.transfer import upload
 from specdec.tree import TokenTree
 
 _DRAFT_STREAM = 0x2545F4914F6CDD1D
@@ -111,7 +112,7 @@ def _commit(state: DecodeState, step: Verification) -> None:
     state.finished = list(step.finished)
     if state.context is not None:
         state.context.budgets = [max(state.policy.max_new_tokens - count, 0) for count in state.emitted]
-    state.root = torch.tensor([out[-1] for out in state.policy.outputs], device=state.root.device)
+    state.root = upload([out[-1] for out in state.policy.outputs], state.root.device)
 
 
 def _open(target: Target, state: DecodeState, request: Request, outputs: Any, max_nodes: int) -> None:

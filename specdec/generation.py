@@ -103,21 +103,28 @@ class Speculation:
         return SpeculationStats(self.drafter.name, rule is None or rule.lossless)
 
 
-def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callable[[str], None] | None = None) -> Model:
+def attach(
+    model: Model,
+    drafter: Drafter,
+    verifier: Verifier,
+    compiling: Callable[[str], None] | None = None,
+    cuda_graphs: bool = False,
+) -> Model:
     """Make ``model.generate`` speculate with built objects (``specdec.speculate`` also takes names).
 
     Args:
         model: a causal LM of transformers; ``torch.compile``, PEFT and DDP wrappers are looked through.
         drafter: bound to this model from now on.
         verifier: checks its trees.
-        compiling: run full passes as compiled graphs, and tell this about their compilation; None = as they are.
+        compiling: run passes as compiled graphs, and tell this about their compilation; None = as they are.
+        cuda_graphs: capture passes as CUDA graphs.
 
     Returns:
         ``model``, as given.
 
     Raises:
         ImportError: this transformers lacks what the seam needs.
-        ValueError: the model cannot run token trees, or the drafter does not fit it.
+        ValueError: the model cannot run token trees, the drafter does not fit it, or CUDA graphs without CUDA.
     """
     inner = unwrap(model)
     restore(inner)
@@ -134,8 +141,8 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callab
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
-    if compiling is not None:
-        target.compile(drafter.needs.max_nodes, compiling)
+    if compiling is not None or cuda_graphs:
+        target.use_graphs(drafter.needs.max_nodes, compiling, cuda_graphs)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))

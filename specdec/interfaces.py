@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.transfer import upload
 from specdec.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Verification:
 
     def last_nodes(self, device: torch.device) -> Tensor:
         """int64 ``[B]``: the deepest committed node of each row, 0 where it emitted nothing."""
-        return torch.tensor([nodes[-1] if nodes else 0 for nodes in self.path], device=device)
+        return upload([nodes[-1] if nodes else 0 for nodes in self.path], device)
 
 
 @dataclass

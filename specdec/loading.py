@@ -15,12 +15,13 @@ DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "target"
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer, the name it goes by in reports, and whether its passes are to be compiled."""
+    """A model with its tokenizer, its name in reports, and whether its passes are to be compiled or captured."""
 
     model: Any
     tokenizer: Any
     name: str
     compile: bool = False
+    cuda_graphs: bool = False
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], chat: bool | None = None) -> Tensor:
         """Token ids ``[1, W]`` of a prompt on the model's device.
@@ -65,19 +66,24 @@ class Loaded:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def demo_target(dtype: str = "bfloat16", device: str | None = None, compile: bool = False) -> Loaded:
+def demo_target(
+    dtype: str = "bfloat16", device: str | None = None, compile: bool = False, cuda_graphs: bool = False
+) -> Loaded:
     """The embedded demo target: a small Llama trained by ``scripts/train_demo_target.py``.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: such as ``cpu`` or ``cuda:0``; None = CUDA where there is one.
         compile: run speculative passes as compiled graphs.
+        cuda_graphs: capture them as CUDA graphs.
     """
     if not (DEMO_FOLDER / "config.json").is_file():
         raise FileNotFoundError(
             f"the demo target is missing from {DEMO_FOLDER}; make it with scripts/train_demo_target.py"
         )
-    return _load(str(DEMO_FOLDER), "demo", dtype, device, compile)
+    loaded = _load(str(DEMO_FOLDER), "demo", dtype, device)
+    loaded.compile, loaded.cuda_graphs = compile, cuda_graphs
+    return loaded
 
 
 def is_demo(model: Any) -> bool:
@@ -94,6 +100,7 @@ def hf_target(  # noqa: PLR0913 - the options of one recipe
     revision: str | None = None,
     trust_remote_code: bool = False,
     compile: bool = False,
+    cuda_graphs: bool = False,
 ) -> Loaded:
     """Any causal LM of transformers.
 
@@ -106,23 +113,25 @@ def hf_target(  # noqa: PLR0913 - the options of one recipe
         revision: of the hub repository.
         trust_remote_code: run code that comes with the model; off unless asked for.
         compile: run speculative passes as compiled graphs.
+        cuda_graphs: capture them as CUDA graphs.
     """
     extra = {"device_map": device_map, "attn_implementation": attn_implementation, "revision": revision}
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(f"target.path names no folder: {path}; expected one with config.json, or a hub id")
     known = {key: value for key, value in extra.items() if value is not None}
-    return _load(
+    loaded = _load(
         str(Path(path).expanduser()) if path.startswith("~") else path,
         Path(path).name,
         dtype,
         device,
-        compile,
         trust_remote_code=trust_remote_code,
         **known,
     )
+    loaded.compile, loaded.cuda_graphs = compile, cuda_graphs
+    return loaded
 
 
-def _load(path: str, name: str, dtype: str, device: str | None, compile: bool, **options: Any) -> Loaded:
+def _load(path: str, name: str, dtype: str, device: str | None, **options: Any) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -134,4 +143,4 @@ def _load(path: str, name: str, dtype: str, device: str | None, compile: bool, *
     )
     if "device_map" not in options:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model.eval(), tokenizer, name, compile)
+    return Loaded(model.eval(), tokenizer, name)

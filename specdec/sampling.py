@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers.generation import logits_process as processors_of_transformers
 from transformers.generation import stopping_criteria as criteria_of_transformers
 
+from specdec.transfer import upload
+
 _UNIFORM_BLOCK = 256
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -133,7 +135,7 @@ class Uniforms:
             ]
             self._drawn = torch.cat([self._drawn, torch.stack(block)], dim=1)
         positions = torch.tensor(starts, device="cpu")[:, None] + torch.arange(count, device="cpu")
-        return self._drawn.gather(1, positions).to(device)
+        return upload(self._drawn.gather(1, positions), device)
 
 
 class Coins:
@@ -157,7 +159,7 @@ class Coins:
         positions = np.asarray(starts, dtype=np.uint64) + np.uint64(1)
         step = _mix(self._keys ^ _mix(positions * _GOLDEN))
         bits = _mix(step[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
-        return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).to(device)
+        return upload((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53, device)
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:

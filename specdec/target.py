@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import TreeCache
-from specdec.compiled import CompiledPass
+from specdec.graphs import passes
+from specdec.graphs.cuda import CudaGraphs
 from specdec.interfaces import Context, Needs, Tap
 from specdec.routing import FULL, Route, Router
 from specdec.selection import top_k
+from specdec.transfer import upload
 from specdec.tree import TokenTree
 from specdec.visibility import AttentionKinds, attention_masks
 
@@ -57,7 +59,7 @@ class Target:
         self.layers = _decoder_layers(self.model, self.config.num_hidden_layers)
         self.router = Router(self.layers, _output_head(self.model))
         self.kinds = AttentionKinds.of(self.config)
-        self.compiled: CompiledPass | None = None
+        self.graphs: passes.GraphPasses | None = None
 
     @property
     def num_layers(self) -> int:
@@ -138,7 +140,7 @@ class Target:
         if template.get("position_ids") is None:
             # Such a model counts the columns of its cache, padding included.
             template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
-        cache = TreeCache(prefilled, mask, columns + reserve, release, separate=self.compiled is not None)
+        cache = TreeCache(prefilled, mask, columns + reserve, release, for_graphs=self.graphs is not None)
         lengths = [columns - pad for pad in cache.padding]
         return Context(cache, template, lengths, list(lengths), [0] * len(lengths), self.dtype)
 
@@ -168,11 +170,11 @@ class Target:
             inference tensors: to be read and combined, never written in place outside inference mode.
         """
         start, stop, _ = (nodes or slice(0, tree.num_nodes)).indices(tree.num_nodes)
-        if self.compiled is not None and route.is_full and stop - start == tree.num_nodes:
-            output = self._run_compiled(self.compiled, context, tree, taps)
-            if output is not None:
-                return output
         inputs = self._inputs(context, tree, start, stop)
+        if self.graphs is not None:
+            outcome = self._as_graph(self.graphs, context, inputs, route, states, taps)
+            if outcome is not None:
+                return outcome
         # A pass over a small model is bound by dispatch, of which inference mode saves a twentieth.
         with torch.inference_mode():
             if route.is_full and not taps:
@@ -184,41 +186,47 @@ class Target:
             outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states")
         )
 
-    def compile(self, max_nodes: int, announce: Callable[[str], None]) -> None:
-        """From now on run full passes over trees of up to ``max_nodes`` as compiled graphs (``specdec.compiled``)."""
-        head = self.router.head if self._head_is_all else None
-        self.compiled = CompiledPass(self.model, head, max_nodes, announce)
-        if not self._head_reads_decoder():
-            self.compiled.failure = "something lies between this model's decoder and its output head"
-            self._warn_uncompiled(self.compiled.failure)
+    def use_graphs(self, max_nodes: int, compiling: Callable[[str], None] | None, capture: bool = False) -> None:
+        """From now on run passes over up to ``max_nodes`` nodes as graphs where they recur (``specdec.graphs``).
 
-    @torch.inference_mode()
-    def _head_reads_decoder(self) -> bool:
-        """Whether the output head receives what leaves the decoder, which is where a graph ends."""
-        ids = torch.zeros(1, 3, dtype=torch.int64, device=self.device)
-        with self.router.taps(("final",)) as recorded:
-            self.model(input_ids=ids, use_cache=False)
-        return torch.equal(recorded["final"][0], self.model.get_decoder()(input_ids=ids, use_cache=False)[0])
+        Args:
+            max_nodes: N of the largest tree to come.
+            compiling: compile them, and tell this about it; None leaves them as they are.
+            capture: capture them as CUDA graphs.
 
-    def _warn_uncompiled(self, reason: str) -> None:
-        warnings.warn(f"{reason}; the passes of {self.name} run uncompiled", stacklevel=3)
+        Raises:
+            ValueError: CUDA graphs of a model that is not on a CUDA device.
+        """
+        self.graphs = passes.GraphPasses(
+            self.model,
+            self.router,
+            self.kinds,
+            max_nodes,
+            compiling or (lambda _: None),
+            None if compiling is None else passes.inductor,
+            CudaGraphs(self.device) if capture else None,
+        )
 
-    def _run_compiled(
-        self, compiled: CompiledPass, context: Context, tree: TokenTree, taps: Sequence[Tap]
+    def _as_graph(
+        self,
+        graphs: passes.GraphPasses,
+        context: Context,
+        inputs: dict[str, Any],
+        route: Route,
+        states: Tensor | None,
+        taps: Sequence[Tap],
     ) -> PassOutput | None:
-        """A full pass as a graph; None where this one cannot be."""
-        nodes = tree.num_nodes
-        if not compiled.takes(context, nodes, taps):
-            return None
-        inputs = self._inputs(context, tree, 0, nodes, compiled.bucket(nodes) - nodes)
-        outcome = compiled(context, inputs)
-        if outcome is None:
-            self._warn_uncompiled(compiled.failure or "")
-            return None
-        states, logits = outcome
-        if logits is None:
-            logits = self._through_model(states)
-        return PassOutput(logits, dict.fromkeys(taps, states))
+        """A pass as a graph; None where this one is none."""
+        known = route in graphs.failures
+        outcome = graphs(context, inputs, route, states, taps)
+        if outcome is not None:
+            logits, found = outcome
+            # Without a head an ordinary pass returns a part of the states as logits, which nobody reads.
+            return PassOutput(next(iter(found.values()))[..., :1] if logits is None else logits, found)
+        if route in graphs.failures and not known:
+            what = "the passes" if route.is_full else f"passes over a part ({route})"
+            warnings.warn(f"{graphs.failures[route]}; {what} of {self.name} run uncompiled", stacklevel=3)
+        return None
 
     def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
         """Commit the nodes of each row's path: their K/V moves down to the first free slots, in place."""
@@ -230,7 +238,7 @@ class Target:
                 for length, path in zip(context.lengths, paths, strict=True)
             ]
             target = [[length + i for i in range(longest)] for length in context.lengths]
-            both = torch.tensor([source, target], device=context.template["position_ids"].device)
+            both = upload([source, target], context.template["position_ids"].device)
             context.cache.move(both[0], both[1])
         context.lengths = [length + len(path) for length, path in zip(context.lengths, paths, strict=True)]
 
@@ -280,16 +288,16 @@ class Target:
             parts = [top_k(self.head(part), k) for part in states.split(_HEAD_CHUNK, dim=1)]
         return torch.cat(parts, dim=1)
 
-    def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int, room: int = 0) -> dict[str, Any]:
-        """Keyword arguments of a pass over nodes ``[start, stop)``; ``room``: slots to have behind them."""
+    def _inputs(self, context: Context, tree: TokenTree, start: int, stop: int) -> dict[str, Any]:
+        """Keyword arguments of a pass over nodes ``[start, stop)``."""
         lengths, cache = context.lengths, context.cache
         uniform = len(set(lengths)) == 1
-        cache.reserve(max(lengths) + stop + room)
+        cache.reserve(max(lengths) + stop)
         if uniform:
             slots: int | Tensor = lengths[0] + start
         else:
             device = tree.token_ids.device
-            slots = torch.tensor(lengths, device=device)[:, None] + torch.arange(start, stop, device=device)
+            slots = upload(lengths, device)[:, None] + torch.arange(start, stop, device=device)
         cache.begin(slots, stop - start, max(lengths) + stop)
         inputs = dict(context.template)
         inputs["input_ids"] = tree.token_ids[:, start:stop]
@@ -312,7 +320,7 @@ class Target:
         limits = [budget - 1 for budget in context.budgets]
         if len(set(ahead)) == 1 and len(set(limits)) == 1:
             return depths.clamp(max=limits[0]) + ahead[0] if limits[0] < tree.topology.max_depth else depths + ahead[0]
-        rows = torch.tensor([limits, ahead], device=depths.device)[..., None]
+        rows = upload([limits, ahead], depths.device)[..., None]
         return torch.minimum(depths, rows[0]) + rows[1]
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from specdec.selection import on_host
+from specdec.transfer import upload
 
 # Roles of a node. Feed-only nodes are computed but can never be accepted; padding fills a row up to N.
 CANDIDATE, FEED_ONLY, PADDING = 0, 1, 2
@@ -329,7 +330,7 @@ def _topology(parents: np.ndarray, device: torch.device) -> Topology:
     above, depth = np.broadcast_to(nodes, parents.shape), 0
     while above.any():
         above, depth = np.take_along_axis(parents, above, axis=1), depth + 1
-    return Topology(torch.from_numpy(parents).to(device), depth)
+    return Topology(upload(parents, device), depth)
 
 
 def pad_rows(
@@ -354,10 +355,10 @@ def pad_rows(
     for row, count in enumerate(counts):
         ids[row, 1 : count + 1] = tokens[row]
         above[row, 1 : count + 1] = parents[row]
-    token_ids = torch.from_numpy(ids).to(root.device)
+    token_ids = upload(ids, root.device)
     token_ids[:, 0] = root
     role = None
     if min(counts) < longest:
         node, last = np.arange(longest + 1), np.array(counts)[:, None]
-        role = torch.from_numpy(np.where(node <= last, CANDIDATE, PADDING)).to(root.device)
+        role = upload(np.where(node <= last, CANDIDATE, PADDING), root.device)
     return TokenTree(token_ids, from_host(above, root.device), role, sources=sources)

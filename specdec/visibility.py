@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.transfer import upload
 from specdec.tree import Topology
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -92,7 +93,7 @@ def _mask(
 def _visible(kind: str, size: int, topology: Topology, nodes: slice, lengths: Sequence[int]) -> Tensor:
     """The definition: bool ``[B, n, K]``."""
     device = topology.parents.device
-    committed = torch.tensor(lengths, device=device)[:, None]
+    committed = upload(lengths, device)[:, None]
     slots = torch.arange(max(lengths) + nodes.stop, device=device)[None]
     rows = len(lengths)
     node = slots - committed  # [B, K], negative = committed prefix

@@ -65,7 +65,7 @@ class Session:
         if configured_rule and self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
         compiling = Console(stderr=True).print if self.loaded.compile else None
-        return attach(self.model, build_drafter(drafter), verifier, compiling)
+        return attach(self.model, build_drafter(drafter), verifier, compiling, self.loaded.cuda_graphs)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.

@@ -1,0 +1,121 @@
+"""What a graph reads, in tensors that stay: it is traced, compiled or captured over them, and a pass fills them.
+
+Shapes: B rows, n nodes of a pass, M nodes of its bucket (n <= M), K slots seen, C slots allocated, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.cache import TreeCache
+from specdec.interfaces import Tap
+from specdec.routing import Route
+
+_SPAN = 64  # slots by which the seen part of the cache grows
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """Passes that share a graph.
+
+    Attributes:
+        batch: B.
+        nodes: M.
+        route: what part of the model runs; states enter where ``route.lo > 0``.
+        taps: states that it returns.
+    """
+
+    batch: int
+    nodes: int
+    route: Route
+    taps: tuple[Tap, ...] = ()
+
+    @property
+    def enters(self) -> bool:
+        """Whether states are put in instead of tokens."""
+        return self.route.lo > 0
+
+    def __str__(self) -> str:
+        route, parts = self.route, f"{self.nodes} nodes x {self.batch} rows"
+        if route.hi is not None:
+            parts += f", layers {route.lo} to {route.hi}"
+        elif route.lo:
+            parts += f", layers from {route.lo}"
+        skipped = len(route.skip_attention) + len(route.skip_mlp)
+        return parts + (f", {skipped} parts skipped" if skipped else "")
+
+
+class Buffers:
+    """The inputs of one graph over one request's cache.
+
+    Nodes beyond a pass's own write into a slot that nobody reads (the last one, which the cache keeps free), and what
+    they see is finite.
+
+    Args:
+        shape: of the passes.
+        cache: K/V that they read and write.
+        kinds: kinds of attention, each with a mask of its own.
+        like: dtype and device of the masks.
+        hidden: states that enter are ``[B, M, hidden]``; 0 = none do.
+
+    Attributes:
+        token_ids, positions, slots: int64 ``[B, M]``.
+        masks: attention kind -> ``[B, 1, M, C]``, additive.
+        states: ``[B, M, H]``, or None.
+        capacity: C.
+    """
+
+    def __init__(self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int) -> None:
+        def ints() -> Tensor:
+            return torch.zeros(shape.batch, shape.nodes, dtype=torch.int64, device=like.device)
+
+        self.token_ids, self.positions, self.slots = ints(), ints(), ints()
+        self.low = torch.finfo(like.dtype).min
+        size = (shape.batch, 1, shape.nodes, cache.capacity)
+        self.masks = {kind: torch.full(size, self.low, dtype=like.dtype, device=like.device) for kind in kinds}
+        self.states = like.new_zeros(shape.batch, shape.nodes, hidden) if hidden else None
+        self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
+        self.capacity = cache.capacity
+        self._reached = 0  # columns that some pass has made visible
+
+    def fill(self, inputs: Mapping[str, Any], cache: TreeCache, states: Tensor | None) -> list[Tensor]:
+        """Write a pass over ``[B, n]`` and return what the graph takes, in its order (``graphs.tracing``).
+
+        Args:
+            inputs: keyword arguments of the ordinary pass.
+            cache: the request's, which has begun the pass.
+            states: ``[B, n, H]`` that enter, or None.
+        """
+        ids, nodes = inputs["input_ids"], inputs["input_ids"].shape[1]
+        self.token_ids[:, :nodes] = ids
+        self.positions[:, :nodes] = inputs["position_ids"]
+        if isinstance(cache.slots, int):
+            torch.arange(cache.slots, cache.slots + nodes, out=self.slots[0, :nodes])
+            self.slots[1:, :nodes] = self.slots[0, :nodes]
+        else:
+            self.slots[:, :nodes] = cache.slots
+        if nodes < self.slots.shape[1]:
+            self.slots[:, nodes:] = self.capacity - 1
+        span = min(-(-cache.span // _SPAN) * _SPAN, self.capacity)
+        masks = inputs["attention_mask"]
+        for kind, whole in self.masks.items():
+            mask = masks[kind] if isinstance(masks, dict) else masks
+            whole[:, :, :nodes, : cache.span] = 0 if mask is None else mask
+            whole[:, :, :nodes, cache.span : max(span, self._reached)] = self.low
+        self._reached = max(cache.span, self._reached)
+        if self.states is not None:
+            assert states is not None, "this route starts from states"
+            self.states[:, :nodes] = states
+        return self.tensors(span)
+
+    def tensors(self, span: int) -> list[Tensor]:
+        """Everything the graph takes, for a pass that sees slots ``0..span-1``."""
+        entering = [] if self.states is None else [self.states]
+        start = [self.token_ids, self.positions, self.slots, self._extent[:span]]
+        return [*start, *self.masks.values(), *entering, *self.slabs[0], *self.slabs[1]]

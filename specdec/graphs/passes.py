@@ -1,0 +1,225 @@
+"""Passes of a target as graphs: one per batch size, bucket of nodes, route and taps, made when such passes recur.
+
+A pass over a small model is bound by the dispatch of its operations, which a graph does not pay. What makes a graph
+worth its making is that its shapes recur: passes are padded to a bucket, inputs lie in buffers that are written in
+place, and the numbers of slots are symbols, so that a growing text makes nothing anew.
+
+Two things can be done with the traced pass, alone or together: compile it (``compiler``, CPU and CUDA, kept on disk by
+``graphs.store``), and capture it over fixed buffers (``capture``, a CUDA graph per bucket).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.cache import TreeCache
+from specdec.graphs.buffers import Buffers, PassShape
+from specdec.graphs.constants import Weights
+from specdec.graphs.store import Graph, Store, identity
+from specdec.graphs.tracing import PassModule, trace, unpack
+from specdec.interfaces import Context, Tap
+from specdec.routing import FULL, Route, Router
+from specdec.visibility import AttentionKinds
+
+_SIZES = (8, 32, 128)  # buckets between a single node and the largest tree, where they are at most half of it
+_UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}  # of a template
+RECURS = 16  # passes of a route other than the full one before it gets a graph: a search tries many only once
+_MOST_GRAPHS = 32
+
+
+class Compiler(Protocol):
+    """Makes a traced pass quick; ``store`` keeps what it made for other processes."""
+
+    def __call__(self, program: torch.export.ExportedProgram, shape: PassShape, store: Store) -> Graph: ...
+
+
+def inductor(program: torch.export.ExportedProgram, shape: PassShape, store: Store) -> Graph:
+    """Ahead-of-time code generation."""
+    return store.compile(shape, program)
+
+
+Run = Callable[[], list[Tensor]]
+Capture = Callable[[Run], Run]
+"""Given a function over fixed buffers, one that repeats its operations on what the buffers hold by then."""
+
+
+class _Made:
+    """The graphs of one model, and by what to tell that its weights or hooks have changed since."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[tuple[PassShape, int], Graph] = {}
+        self.state: Any = None
+        self.store: Store | None = None
+
+
+# Whoever speculates with a model, its passes are the same.
+_MADE: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
+
+
+class GraphPasses:
+    """Runs passes of one target as graphs.
+
+    Args:
+        model: the target's model.
+        router: of its layers.
+        kinds: of its attention.
+        max_nodes: N of the largest tree to come, a bucket of its own.
+        announce: told what is being compiled or loaded, and how long it took.
+        compiler: None runs the model's own forward.
+        capture: None runs without fixed buffers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        router: Router,
+        kinds: AttentionKinds,
+        max_nodes: int,
+        announce: Callable[[str], None],
+        compiler: Compiler | None = inductor,
+        capture: Capture | None = None,
+    ) -> None:
+        self.model, self.router, self.announce = model, router, announce
+        self.kinds, self.by_layer = list(kinds.sizes), kinds.by_layer
+        self.compiler, self.capture = compiler, capture
+        self.buckets = sorted({1, max_nodes, *(size for size in _SIZES if 2 * size <= max_nodes)})
+        self.failures: dict[Route, str] = {}
+        self._made = _MADE.setdefault(model, _Made())
+        self._seen: Counter[PassShape] = Counter()
+        self._views: dict[PassShape, tuple[Buffers, Run | None]] = {}
+        self._of: tuple[Callable[[], TreeCache | None], int] = (lambda: None, 0)
+
+    def __call__(
+        self,
+        context: Context,
+        inputs: Mapping[str, Any],
+        route: Route = FULL,
+        states: Tensor | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> tuple[Tensor | None, dict[Tap, Tensor]] | None:
+        """One pass.
+
+        Args:
+            context: the request; its cache has begun the pass.
+            inputs: keyword arguments of the ordinary pass over ``[B, n]``.
+            route: which part of the model.
+            states: ``[B, n, H]`` entering layer ``route.lo``, where that is > 0.
+            taps: states to return.
+
+        Returns:
+            Logits ``[B, n, V]`` (None where the route has none) and taps ``[B, n, H]``; None where this pass has no
+            graph. Where one could not be made, ``failures`` says why, and it is not tried again.
+        """
+        if not self._takes(context, inputs, route, taps):
+            return None
+        batch, nodes = inputs["input_ids"].shape
+        own = () if states is None else (route.lo,)  # what enters needs no way through the graph
+        asked = tuple(tap for tap in dict.fromkeys(taps) if tap not in own)
+        shape = PassShape(batch, next(size for size in self.buckets if size >= nodes), route, asked)
+        if not self._recurs(context, shape):
+            return None
+        try:
+            buffers, run = self._view(context, shape, states)
+            tensors = buffers.fill(inputs, context.cache, states)
+            with torch.inference_mode():
+                outputs = self._graph(shape, buffers)(tensors) if self.capture is None else self._replay(shape, run)
+                logits, found = unpack(shape, outputs, nodes)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may throw, ordinary passes go on
+            lines = str(error).strip().splitlines() or [""]
+            self.failures[route] = f"{type(error).__name__}: {lines[0]}"
+            return None
+        if states is not None:
+            found |= {tap: states for tap in taps if tap in own}
+        return logits, found
+
+    def _takes(self, context: Context, inputs: Mapping[str, Any], route: Route, taps: Sequence[Tap]) -> bool:
+        template = context.template
+        return (
+            route not in self.failures
+            and inputs["input_ids"].shape[1] <= self.buckets[-1]
+            and template.keys() <= _UNDERSTOOD
+            and not template.get("output_hidden_states")
+            and not template.get("output_attentions")
+            and template["position_ids"].dim() == 2
+            and _additive(inputs["attention_mask"])
+            and not self.model.training
+            and (route.logits or bool(taps))
+        )
+
+    def _recurs(self, context: Context, shape: PassShape) -> bool:
+        """Whether such passes have a graph, or are worth one by now."""
+        self._refresh(context)
+        if (shape, torch.get_num_threads()) in self._made.graphs:
+            return True
+        self._seen[shape] += 1
+        return len(self._made.graphs) < _MOST_GRAPHS and (shape.route.is_full or self._seen[shape] > RECURS)
+
+    def _refresh(self, context: Context) -> None:
+        """Forget what stands on slabs or weights that are no more."""
+        cache = context.cache
+        if self._of[0]() is cache and self._of[1] == cache.capacity:
+            return
+        self._views.clear()
+        self._of = weakref.ref(cache), cache.capacity
+        weights = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in self.model.parameters())
+        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.model.modules())
+        if self._made.state != (weights, hooks):
+            self._made.graphs.clear()
+            self._made.state, self._made.store = (weights, hooks), None
+
+    def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> tuple[Buffers, Run | None]:
+        """The buffers of a graph over the request's cache, and what was captured over them."""
+        if shape not in self._views:
+            like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
+            hidden = 0 if states is None else states.shape[-1]
+            kinds = self.kinds if self.by_layer else self.kinds[:1]
+            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
+        return self._views[shape]
+
+    def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:
+        """The graph of these passes: known, on disk, or made now; without a compiler the model's own forward."""
+        key = (shape, torch.get_num_threads())
+        if key in self._made.graphs:
+            return self._made.graphs[key]
+        module = PassModule(self.model, self.router, shape, self.kinds if self.by_layer else None)
+        if self.compiler is None:
+            return lambda tensors: module(*tensors)
+        self._made.graphs[key] = graph = self._compiled(self.compiler, module, buffers)
+        return graph
+
+    def _compiled(self, compiler: Compiler, module: PassModule, buffers: Buffers) -> Graph:
+        shape = module.shape
+        if self._made.store is None:
+            self._made.store = Store(identity(self.model, module.kinds), Weights(module))
+        store, what, start = self._made.store, f"{type(self.model).__name__} for {shape}", time.perf_counter()
+        graph = store.load(shape)
+        if graph is not None:
+            self.announce(f"loaded {what} in {time.perf_counter() - start:.1f} s")
+            return graph
+        self.announce(f"compiling {what} ...")
+        graph = compiler(trace(module, buffers), shape, store)
+        self.announce(f"compiled {what} in {time.perf_counter() - start:.0f} s")
+        return graph
+
+    def _replay(self, shape: PassShape, run: Run | None) -> list[Tensor]:
+        """Capture what has not been, replay what has; the outputs are copies, since a replay writes over its own."""
+        assert self.capture is not None
+        buffers = self._views[shape][0]
+        if run is None:
+            graph, tensors = self._graph(shape, buffers), buffers.tensors(buffers.capacity)
+            run = self.capture(lambda: graph(tensors))
+            self._views[shape] = buffers, run
+        return [output.clone() for output in run()]
+
+
+def _additive(masks: Any) -> bool:
+    """Whether masks are numbers to be added to scores; a backend may bring its own kind."""
+    found = masks.values() if isinstance(masks, dict) else [masks]
+    return all(mask is None or mask.is_floating_point() for mask in found)
