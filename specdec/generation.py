@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec import capabilities, sampling
+from specdec.attention import AttentionBackend
 from specdec.decoding import Request, Step, decode
 from specdec.interfaces import DecodeState, Drafter, Verifier
 from specdec.metrics import SpeculationStats
@@ -103,7 +104,13 @@ class Speculation:
         return SpeculationStats(self.drafter.name, rule is None or rule.lossless)
 
 
-def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callable[[str], None] | None = None) -> Model:
+def attach(
+    model: Model,
+    drafter: Drafter,
+    verifier: Verifier,
+    compiling: Callable[[str], None] | None = None,
+    attention: AttentionBackend | None = None,
+) -> Model:
     """Make ``model.generate`` speculate with built objects (``specdec.speculate`` also takes names).
 
     Args:
@@ -111,6 +118,8 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callab
         drafter: bound to this model from now on.
         verifier: checks its trees.
         compiling: run full passes as compiled graphs, and tell this about their compilation; None = as they are.
+        attention: of tree passes; where it cannot serve this model the model's own stays, with one warning. None = the
+            model's own.
 
     Returns:
         ``model``, as given.
@@ -131,6 +140,8 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callab
     with _evaluating(inner), torch.inference_mode(False):
         capabilities.check(target)
         target.prepare()
+        if attention is not None:
+            _use_attention(target, attention)
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
@@ -140,6 +151,17 @@ def attach(model: Model, drafter: Drafter, verifier: Verifier, compiling: Callab
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))
     return model
+
+
+def _use_attention(target: Target, attention: AttentionBackend) -> None:
+    reason = attention.fit(target)
+    if reason is None:
+        target.attention = attention
+        return
+    own = target.config._attn_implementation
+    warnings.warn(
+        f"attention {attention.name!r} is not used for {target.name}: {reason}; its own {own!r} stays", stacklevel=4
+    )
 
 
 def _refuse_shared(drafter: Drafter, model: Any) -> None:
