@@ -34,7 +34,7 @@ class AttentionBackend(Protocol):
         ...
 
     def move(self, storage: Tensor, source: Tensor, target: Tensor) -> bool:
-        """Copy slots ``source [B, m]`` to ``target [B, m]`` of ``storage [G, B, Hkv, S, D]``, all read before any write.
+        """Copy slots ``source [B, m]`` to ``target [B, m]`` of ``storage [G, B, Hkv, S, D]``, read before written.
 
         Returns:
             False where it does nothing, and leaves that to the cache.

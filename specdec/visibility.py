@@ -12,9 +12,9 @@ Worked example, P = 3 committed tokens and the tree of ``tree.py``, full attenti
 A window of w shows slots whose *position* (committed: slot; node: P + depth) is above position - w; a chunk of c shows
 positions with the same quotient by c.
 
-The same as a *packed mask*, for attention that tells by itself what a node sees: int64 ``[B, 1, n, 3 + W]`` with, for every
-node, the number of committed tokens, the number of nodes whose keys may be seen, the first committed slot that it sees,
-and one bit per node, 64 to a word. It is a mask of four dimensions like the other kind, so models hand it on unread; it
+The same as a *packed mask*, for attention that tells by itself what a node sees: int64 ``[B, 1, n, 3 + W]`` with, for
+every node, the number of committed tokens, the number of nodes whose keys may be seen, the first committed slot that it
+sees, and one bit per node, 64 to a word. It has four dimensions like the other kind, so models hand it on unread; it
 does not grow with the text, and all that changes from pass to pass is on the device.
 """
 

@@ -20,7 +20,6 @@ from transformers import AttentionInterface
 
 from specdec import capabilities
 from specdec.target import Target
-from specdec.visibility import packed_visibility
 from verifiers.kernels import plain
 
 # Extras that layers may hand to attention and that change what it computes; no backend here does these.
@@ -37,7 +36,6 @@ class _Probe:
 
 
 _PROBE: ContextVar[_Probe | None] = ContextVar("specdec_attention_probe", default=None)
-Attend = Callable[..., Tensor]
 
 
 class PlainAttention:
@@ -60,7 +58,7 @@ class PlainAttention:
             target.attention = before
             _PROBE.reset(token)
         if probe.calls < target.num_layers and probe.reason is None:
-            seen = f"{probe.calls} of {target.num_layers} layers took their attention from transformers' AttentionInterface"
+            seen = f"{probe.calls} of {target.num_layers} layers took attention from transformers' AttentionInterface"
             return seen if failed is None else f"{seen} ({failed})"
         return probe.reason or failed
 
@@ -135,10 +133,13 @@ class TritonAttention(PlainAttention):
         return None
 
 
-def _forward(attend: Attend, why_not: Callable[[Tensor, Tensor, Tensor], str | None]) -> Attend:
+def _forward(
+    attend: Callable[..., Tensor], why_not: Callable[[Tensor, Tensor, Tensor], str | None]
+) -> Callable[..., tuple[Tensor, None]]:
     """An attention function as transformers calls it."""
+    sdpa = AttentionInterface()["sdpa"]
 
-    def forward(
+    def forward(  # noqa: PLR0913 - transformers' own keywords
         module: Any,
         query: Tensor,
         key: Tensor,
@@ -150,23 +151,21 @@ def _forward(attend: Attend, why_not: Callable[[Tensor, Tensor, Tensor], str | N
         s_aux: Tensor | None = None,
         **extras: Any,
     ) -> tuple[Tensor, None]:
-        packed = attention_mask is not None and attention_mask.dtype == torch.int64
-        reason = why_not(query, key, value) if packed else None
+        if attention_mask is None or attention_mask.dtype != torch.int64:
+            extras |= {"softcap": softcap, "s_aux": s_aux}
+            return sdpa(module, query, key, value, attention_mask, dropout, scaling, **extras)
+        reason = why_not(query, key, value)
         unknown = [name for name in _UNKNOWN_EXTRAS if extras.get(name) is not None]
         if unknown or dropout:
             reason = f"its attention wants {', '.join(unknown) or 'dropout'}"
         probe = _PROBE.get()
         if probe is not None:
-            probe.calls += packed
+            probe.calls += 1
             probe.reason = probe.reason or reason
-        if not packed or (reason is not None and probe is None):
-            if packed:
-                attention_mask = packed_visibility(attention_mask, key.shape[2])[:, None]
-            extras |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-            return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **extras)
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        if reason is not None:  # to see what else the layers want
-            return plain.tree_attention(query, key, value, attention_mask, scaling, softcap or 0.0, s_aux), None
-        return attend(query, key, value, attention_mask, scaling, softcap=softcap or 0.0, sinks=s_aux), None
+        if reason is None:
+            return attend(query, key, value, attention_mask, scaling, softcap=softcap or 0.0, sinks=s_aux), None
+        # Either the probe, which is told of it, or a model in training mode, whose dropout is left out.
+        return plain.tree_attention(query, key, value, attention_mask, scaling, softcap or 0.0, s_aux), None
 
     return forward

@@ -9,6 +9,7 @@ Shapes: G tensors (keys and values of all layers), B rows, Hkv heads, S slots, D
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +17,18 @@ from torch import Tensor
 _HELD = 8192  # numbers of a path that one program holds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "BATCH"])
 def _move(
-    STORE, SOURCE, TARGET, per_pair, slots, BATCH, HKV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+    STORE,
+    SOURCE,
+    TARGET,
+    per_pair,
+    slots,
+    BATCH,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """Grid ``(G * B * Hkv, D / BD)``; SOURCE and TARGET ``[B, m]``, ``slots`` = m, ``per_pair`` = S * D."""
     pair = tl.program_id(0).to(tl.int64)
@@ -35,6 +45,11 @@ def _move(
     tl.store(base + target[:, None] * D + dims[None, :], held, mask=both)
 
 
+def tile_for(path: int, dim: int) -> int:
+    """Head numbers that one program moves of a path of m slots."""
+    return min(triton.next_power_of_2(dim), max(_HELD // triton.next_power_of_2(path), 16))
+
+
 def move(storage: Tensor, source: Tensor, target: Tensor) -> None:
     """``verifiers.kernels.plain.move`` in one launch; takes the same arguments.
 
@@ -43,8 +58,9 @@ def move(storage: Tensor, source: Tensor, target: Tensor) -> None:
     groups, batch, heads, capacity, dim = storage.shape
     assert storage.is_contiguous() and source.shape == target.shape == (batch, source.shape[1]), "one path per row"
     path = triton.next_power_of_2(source.shape[1])
-    tile = min(triton.next_power_of_2(dim), max(_HELD // path, 16))
-    _move[(groups * batch * heads, triton.cdiv(dim, tile))](
-        storage, source.contiguous(), target.contiguous(), capacity * dim, source.shape[1], batch,
-        HKV=heads, D=dim, BM=path, BD=tile, num_warps=4,
-    )  # fmt: skip
+    tile = tile_for(source.shape[1], dim)
+    with torch.cuda.device_of(storage):
+        _move[(groups * batch * heads, triton.cdiv(dim, tile))](
+            storage, source.contiguous(), target.contiguous(), capacity * dim, source.shape[1], batch,
+            HKV=heads, D=dim, BM=path, BD=tile, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -78,7 +78,7 @@ def _add_tile(scores, v, acc, peak, total, PRECISION: tl.constexpr):
     return acc, higher, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_batch", "mask_node", "nodes"])  # else variants that differ in nothing
 def _partial(
     Q, K, V, MASK, OUT, LSE,
     q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot, mask_batch, mask_node,
@@ -93,12 +93,14 @@ def _partial(
     """
     pair, split, last = tl.program_id(1), tl.program_id(2), tl.num_programs(2) - 1
     batch, head = (pair // HKV).to(tl.int64), (pair % HKV).to(tl.int64)
+    TN: tl.constexpr = min(BN, 32)
     count = nodes * G
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     real = rows < count
     node = tl.where(real, rows, 0) // G
     dims, cols = tl.arange(0, BD), tl.arange(0, BN)
-    k_base, v_base, mask_base = K + batch * k_batch + head * k_head, V + batch * v_batch + head * v_head, MASK + batch * mask_batch
+    k_base, v_base = K + batch * k_batch + head * k_head, V + batch * v_batch + head * v_head
+    mask_base = MASK + batch * mask_batch
     committed = tl.load(mask_base).to(tl.int32)
     first = tl.load(mask_base + node * mask_node + 2).to(tl.int32)
     lowest = tl.minimum(tl.min(first, 0), committed)
@@ -107,7 +109,7 @@ def _partial(
         begin, end = committed, committed + tl.load(mask_base + 1).to(tl.int32)
         clear, even = end, begin
     else:
-        # A window hides what lies below ``first``; between the highest of them and the last whole tile nothing is hidden.
+        # A window hides what lies below ``first``; from the highest of them to the last whole tile nothing is hidden.
         low = lowest // BN * BN
         share = tl.cdiv(tl.cdiv(committed - low, BN), last) * BN
         begin = low + split * share
@@ -124,14 +126,16 @@ def _partial(
         total = tl.zeros([BM], tl.float32)
         q = _rows_of(Q + batch * q_batch + (head * G + rows % G) * q_head + node * q_node, real, dims, D, BD)
         if split == last:
-            for at in tl.range(begin, end, BN, num_stages=1):
-                slots = at + cols
+            # Narrower tiles: the bit test needs registers of its own.
+            few = tl.arange(0, TN)
+            for at in tl.range(begin, end, TN, num_stages=1):
+                slots = at + few
                 inside = slots < end
                 k = _rows_of(k_base + slots * k_slot, inside, dims, D, BD)
                 v = _rows_of(v_base + slots * v_slot, inside, dims, D, BD)
                 bit = at - begin
-                words = tl.load(mask_base + node * mask_node + _HEADER + bit // 64)
-                visible = (words[:, None] >> (bit % 64 + cols)[None, :].to(tl.int64)) & 1
+                words = tl.load(mask_base + node * mask_node + _HEADER + bit // 64) >> (bit % 64)
+                visible = (words.to(tl.int32)[:, None] >> few[None, :]) & 1
                 scores = tl.where(visible != 0, _scores(q, k, scale, cap, CAPPED, PRECISION), _LOW)
                 acc, peak, total = _add_tile(scores, v, acc, peak, total, PRECISION)
         else:
@@ -162,7 +166,7 @@ def _partial(
         tl.store(OUT + out_row[:, None] * D + dims[None, :], result, mask=real[:, None] & (dims < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts"])
 def _merge(
     OUT, LSE, SINKS, RESULT, count, parts,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
@@ -208,25 +212,30 @@ def padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def launch_for(rows: int, dim: int, dtype: torch.dtype) -> Launch:
+def launch_for(rows: int, dim: int, dtype: torch.dtype, generation: int) -> Launch:
     """The tile for M packed rows of head size D.
 
-    16-bit tiles keep accumulators in registers and at most about 99 KB in shared memory, so that one table serves every
-    GPU since Ampere; float32 has no matrix units here and wants small tiles. In the interpreter a tile costs the same
-    whatever its size.
+    No tile spills registers or needs more than 99 KB of shared memory, so that one table serves every GPU since Ampere
+    (``tests/test_kernels_ahead.py`` compiles all of them). float32 goes through the matrix units in three parts, which
+    keeps its precision. In the interpreter a tile costs the same whatever its size.
+
+    Args:
+        generation: major compute capability of the GPU.
     """
     if INTERPRETED:
         return Launch(max(16, triton.next_power_of_2(rows)), 64, 1, 1)
     wide = padded_dim(dim) > 128
     if dtype == torch.float32:
-        return Launch(16, 16 if wide else 32, 4, 2)
+        return Launch(16, 16, 8, 1) if wide else Launch(16, 32, 4, 2)
     if rows <= 16:
         return Launch(16, 32 if wide else 64, 4, 2)
-    if rows <= 32 or wide:
+    if rows <= 32:
         return Launch(32, 32 if wide else 64, 4, 2)
+    if wide:
+        return Launch(64, 32, 8, 2)
     if rows <= 64:
         return Launch(64, 64, 4, 2)
-    return Launch(128, 64, 8, 2)
+    return Launch(128, 64 if generation >= 9 else 32, 8, 2)
 
 
 def num_splits(programs: int, rows: int, span: int, units: int) -> int:
@@ -245,9 +254,21 @@ def num_splits(programs: int, rows: int, span: int, units: int) -> int:
     return max(1, min(wanted, _MAX_SPLITS, -(-span // _SLOTS_PER_SPLIT), span // (4 * rows)))
 
 
-@lru_cache(maxsize=8)
-def _units(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+class _Machine(NamedTuple):
+    units: int  # multiprocessors
+    generation: int  # major compute capability
+
+
+@lru_cache(maxsize=16)
+def _machine(device: torch.device) -> _Machine:
+    if device.type != "cuda":
+        return _Machine(1, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return _Machine(properties.multi_processor_count, properties.major)
+
+
+# In float32 a product of matrix units is put together from three, as exact as float32's own but for the last bit.
+PRECISION = "tf32x3" if torch.version.hip is None else "ieee"
 
 
 def tree_attention(
@@ -259,34 +280,39 @@ def tree_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     splits: int | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
     """``verifiers.kernels.plain.tree_attention`` in two launches; takes the same arguments.
 
     Args:
         splits: S; None = as suits the device and the number of slots given.
+        launch: the tile; None = as the table has it (always so in a compiled graph).
 
     Raises:
         ValueError: shapes or dtypes that do not belong together or that the kernel does not take.
     """
     reason = why_not(query, key, value)
     if reason is not None:
-        raise ValueError(f"the kernel does not take {reason}")
+        raise ValueError(reason)
     query = query.to(key.dtype)
     if torch.compiler.is_compiling():
         return _op(query, key, value, mask, scaling, softcap, sinks, splits)
-    return _launch(query, key, value, mask, scaling, softcap, sinks, splits)
+    return _launch(query, key, value, mask, scaling, softcap, sinks, splits, launch)
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What about these ``[B, H, n, D]`` the kernel does not take; None where it takes them."""
     if key.dtype not in DTYPES or value.dtype != key.dtype:
-        return f"keys in {_short(key.dtype)} and values in {_short(value.dtype)}; it takes float32, float16, bfloat16"
+        got = f"keys in {_short(key.dtype)} and values in {_short(value.dtype)}"
+        return f"{got}; the kernel takes both in float32, float16 or bfloat16"
     if not query.shape[3] == key.shape[3] == value.shape[3]:
-        return f"heads of {query.shape[3]} (queries), {key.shape[3]} (keys) and {value.shape[3]} (values)"
+        got = f"heads of {query.shape[3]} (queries), {key.shape[3]} (keys) and {value.shape[3]} (values)"
+        return f"{got}; the kernel takes one size"
     if query.shape[3] > MAX_HEAD_DIM:
-        return f"head size {query.shape[3]}; it takes up to {MAX_HEAD_DIM}"
+        return f"heads of {query.shape[3]}; the kernel takes up to {MAX_HEAD_DIM}"
     if query.shape[1] % key.shape[1] or key.shape != value.shape or key.shape[0] != query.shape[0]:
-        return f"queries {list(query.shape)} with keys {list(key.shape)} and values {list(value.shape)}"
+        got = f"queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}"
+        return f"{got}; expected [B, Hq, n, D] and twice [B, Hkv, K, D] with Hq a multiple of Hkv"
     return None
 
 
@@ -294,7 +320,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _launch(  # noqa: PLR0913 - what attention takes
+def _launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -311,31 +337,35 @@ def _launch(  # noqa: PLR0913 - what attention takes
     assert mask.dtype == torch.int64 and mask.shape[:3] == (batch, 1, nodes), f"mask {mask.dtype} {tuple(mask.shape)}"
     groups = heads // kv_heads
     rows, pairs, padded = nodes * groups, batch * kv_heads, padded_dim(dim)
-    launch = launch or launch_for(rows, dim, query.dtype)
+    machine = _machine(query.device)
+    launch = launch or launch_for(rows, dim, query.dtype, machine.generation)
     blocks = triton.cdiv(rows, launch.rows)
-    parts = 1 + (splits or num_splits(blocks * pairs, rows, key.shape[2], _units(query.device)))
+    parts = 1 + (splits or num_splits(blocks * pairs, rows, key.shape[2], machine.units))
     partial = torch.empty(pairs, parts, rows, dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(pairs, parts, rows, dtype=torch.float32, device=query.device)
     result = torch.empty(batch, nodes, heads, dim, dtype=query.dtype, device=query.device)
     scale, cap = (scaling / softcap, softcap * LOG2_E) if softcap else (scaling * LOG2_E, 0.0)
-    _partial[(blocks, pairs, parts)](
-        query, key, value, mask, partial, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2),
-        nodes, scale, cap,
-        HKV=kv_heads, G=groups, D=dim, BD=padded, BM=launch.rows, BN=launch.keys,
-        CAPPED=bool(softcap), PRECISION="ieee", num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
     merged = launch.rows if INTERPRETED else _MERGED_ROWS
-    _merge[(triton.cdiv(rows, merged), pairs)](
-        partial, lse, lse if sinks is None else sinks, result, rows, parts,
-        HKV=kv_heads, G=groups, D=dim, BD=padded, BR=merged, BS=triton.next_power_of_2(parts),
-        WITH_SINKS=sinks is not None, num_warps=4,
-    )  # fmt: skip
+    # Triton launches on the current device, which is not the layer's where a model is spread over several.
+    with torch.cuda.device_of(query):
+        _partial[(blocks, pairs, parts)](
+            query, key, value, mask, partial, lse,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2),
+            nodes, scale, cap,
+            HKV=kv_heads, G=groups, D=dim, BD=padded, BM=launch.rows, BN=launch.keys,
+            CAPPED=bool(softcap), PRECISION=PRECISION,
+            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        _merge[(triton.cdiv(rows, merged), pairs)](
+            partial, lse, lse if sinks is None else sinks, result, rows, parts,
+            HKV=kv_heads, G=groups, D=dim, BD=padded, BR=merged, BS=triton.next_power_of_2(parts),
+            WITH_SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return result
 
 
 @torch.library.custom_op("specdec::tree_attention", mutates_args=())
-def _op(  # noqa: PLR0913
+def _op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
