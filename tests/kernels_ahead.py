@@ -79,15 +79,15 @@ def _compile(
         name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", _resources(compiled.asm["cubin"]))
     }
     flavours = [flavour for flavour in _FLAVOURS if flavour in ptx]
-    barrier = ptx.find("bar.sync")
+    barrier = ptx.rfind("bar.sync")
     return {
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         "mma": flavours[0] if flavours else None,
         "whole_lines": "cp.async.cg.shared.global" in ptx or ".v4.b32" in ptx,  # 16 bytes per thread and access
-        "loads_after_barrier": "ld.global" in ptx[barrier:],
-        "stores_before_barrier": "st.global" in ptx[:barrier],
+        "loads_after_last_barrier": "ld.global" in ptx[barrier:],
+        "stores_before_last_barrier": "st.global" in ptx[:barrier],
         "barrier": barrier >= 0,
     }
 

@@ -22,7 +22,6 @@ from verifiers.kernels.tree_attention import Launch, num_splits
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NAN = float("nan")
-interpreted = pytest.mark.skipif(not tree_attention.INTERPRETED, reason="written for the interpreter")
 
 
 class Case(NamedTuple):
@@ -63,17 +62,14 @@ class Case(NamedTuple):
 def random_topology(nodes: int, rows: int = 1, seed: int = 0) -> Topology:
     generator = torch.Generator().manual_seed(seed)
     return from_host(
-        [
-            [0] + [int(torch.randint(node, (1,), generator=generator)) for node in range(1, nodes)]
-            for _ in range(rows)
-        ]
+        [[0] + [int(torch.randint(node, (1,), generator=generator)) for node in range(1, nodes)] for _ in range(rows)]
     )
 
 
 def case(
     lengths: Sequence[int] = (37, 5),
     nodes: int = 6,
-    heads: tuple[int, int] = (4, 2),
+    heads: tuple[int, int] = (2, 1),
     dim: int = 32,
     dtype: torch.dtype = torch.float32,
     kind: tuple[str, int] = (FULL, 0),
@@ -117,7 +113,7 @@ def check(
 @pytest.mark.parametrize("dim", [8, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_every_head_size(dim: int, dtype: torch.dtype) -> None:
-    given = case(dim=dim, dtype=dtype)
+    given = case((37,), dim=dim, dtype=dtype)
     check(given._replace(scaling=dim**-0.5))
 
 
@@ -128,7 +124,7 @@ def test_heads_that_share_keys(heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 3, 70), (1,), (64,), (65,), (127, 128)])
 def test_committed_tokens_of_any_number(lengths: tuple[int, ...]) -> None:
-    check(case(lengths, heads=(2, 1)))
+    check(case(lengths))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 33, 64, 65, 130])
@@ -138,47 +134,55 @@ def test_trees_of_any_size(nodes: int) -> None:
 
 @pytest.mark.parametrize("part", [slice(0, 4), slice(4, 5), slice(60, 70)])
 def test_a_stretch_of_a_tree(part: slice) -> None:
-    check(case((11, 3), 70, heads=(2, 1), dim=16, part=part))
+    check(case((11, 3), 70, dim=16, part=part))
 
 
 @pytest.mark.parametrize("kind", [(SLIDING, 3), (SLIDING, 20), (SLIDING, 500), (CHUNKED, 4), (CHUNKED, 32)])
 def test_windows_and_chunks(kind: tuple[str, int]) -> None:
-    given = case((90, 7), heads=(2, 1), kind=kind)
+    given = case((90, 7), kind=kind)
     check(given, splits=2)
 
 
 def test_a_window_narrower_than_the_tree_is_deep() -> None:
-    check(case((70, 2), 9, heads=(2, 1), kind=(SLIDING, 4), topology=chain(9)))
+    check(case((70, 2), 9, kind=(SLIDING, 4), topology=chain(9)))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 9])
-@pytest.mark.parametrize("launch", [Launch(16, 16, 4, 2), Launch(16, 64, 4, 2), Launch(32, 32, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("splits", "launch"),
+    [
+        (1, Launch(16, 16, 4, 2)),
+        (2, Launch(16, 64, 4, 2)),
+        (5, Launch(32, 32, 4, 2)),
+        (9, Launch(16, 16, 4, 2)),
+        (9, Launch(32, 64, 4, 2)),
+    ],
+)
 def test_splits_and_tiles_change_nothing(splits: int, launch: Launch) -> None:
     """Nine splits of 70 slots leave some of them empty; 24 packed rows take two tiles of 16."""
-    check(case((70,), 12, heads=(2, 1), dim=16), splits=splits, launch=launch)
+    check(case((70,), 12, dim=16), splits=splits, launch=launch)
 
 
 def test_softcap() -> None:
-    given = case((40, 3), heads=(2, 1))._replace(scaling=2.0)  # scores far beyond the cap
+    given = case((40, 3))._replace(scaling=2.0)  # scores far beyond the cap
     got = check(given, softcap=5.0)
     assert float((got - tree_attention.tree_attention(*given)).abs().max()) > 0.1
 
 
 def test_sinks() -> None:
-    given = case((40, 3), heads=(4, 2))
+    given = case((40,), heads=(4, 2))
     sinks = torch.tensor([-30.0, 0.0, 2.0, 40.0], device=given.query.device)
     got = check(given, sinks=sinks)
     assert float(got[:, :, 3].abs().max()) < 1e-6, "a sink that outweighs all keys leaves nothing"
 
 
 def test_the_scaling_is_the_one_given() -> None:
-    check(case((20,), heads=(2, 1))._replace(scaling=1.7))
+    check(case((20,))._replace(scaling=1.7))
 
 
 @pytest.mark.parametrize("kind", [(FULL, 0), (SLIDING, 20)], ids=["full", "window"])
 def test_what_no_node_sees_does_not_leak(kind: tuple[str, int]) -> None:
     """NaN behind the nodes, in the longer row's slots, and below the window."""
-    given = case((90, 7), heads=(2, 1), kind=kind)
+    given = case((90, 7), kind=kind)
     clean = tree_attention.tree_attention(*given, splits=2)
     got = tree_attention.tree_attention(*given.poisoned(), splits=2)
     assert torch.equal(got, clean)
@@ -186,20 +190,22 @@ def test_what_no_node_sees_does_not_leak(kind: tuple[str, int]) -> None:
 
 
 def test_the_last_slot_may_be_taken() -> None:
-    check(case((58,), 6, heads=(2, 1), room=0))
+    check(case((58,), 6, room=0))
 
 
 def test_a_node_that_sees_nothing_is_finite() -> None:
-    given = case((0,), 4, heads=(2, 1))
+    given = case((0,), 4)
     given.mask[:, :, 2, 3:] = 0
-    got = tree_attention.tree_attention(*given)
-    assert torch.equal(got, plain.tree_attention(*given).nan_to_num(nan=1.0))
-    assert not got[:, 2].any()
+    for attend in (tree_attention.tree_attention, plain.tree_attention):
+        got = attend(*given)
+        assert bool(got.isfinite().all())
+        assert not got[:, 2].any()
+        assert got[:, 3].any()
 
 
 def test_strides_of_keys_and_values_may_differ() -> None:
     """Views of a slab, values as [B, S, H, D] underneath, and queries as the projection leaves them."""
-    given = case((37, 5))
+    given = case((37, 5), heads=(4, 2))
     slab = torch.full((3, 2, 2, 128, 32), NAN, device=given.key.device)
     slab[1, :, :, : given.key.shape[2]] = given.key
     key = slab[1][:, :, : given.key.shape[2]]
@@ -233,7 +239,7 @@ def test_what_the_kernel_does_not_take_is_named(change: dict[str, object], said:
 
 
 def test_the_compiler_sees_one_operation() -> None:
-    given = case((9,), 3, heads=(2, 1), dim=16)
+    given = case((9,), 3, dim=16)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         return tree_attention.tree_attention(query * 2, key, value, mask, 0.3) + 1
