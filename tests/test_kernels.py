@@ -15,8 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton (extra 'kernels')")
 
-from specdec.tree import Topology, chain, from_host
+from specdec.tree import Topology, chain
 from specdec.visibility import CHUNKED, FULL, SLIDING, AttentionKinds, packed_masks, packed_visibility
+from test_attention import random_topology
 from verifiers.kernels import compaction, plain, tree_attention
 from verifiers.kernels.tree_attention import Launch, num_splits
 
@@ -57,13 +58,6 @@ class Case(NamedTuple):
         """With NaN in every slot that no node sees."""
         unseen = ~packed_visibility(self.mask, self.key.shape[2]).any(1)[:, None, :, None]
         return self._replace(key=self.key.masked_fill(unseen, NAN), value=self.value.masked_fill(unseen, NAN))
-
-
-def random_topology(nodes: int, rows: int = 1, seed: int = 0) -> Topology:
-    generator = torch.Generator().manual_seed(seed)
-    return from_host(
-        [[0] + [int(torch.randint(node, (1,), generator=generator)) for node in range(1, nodes)] for _ in range(rows)]
-    )
 
 
 def case(

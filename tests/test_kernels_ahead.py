@@ -54,9 +54,10 @@ def test_the_usual_tiles() -> None:
     check_move(move)
 
 
-def check_move(answer: dict[str, Any]) -> None:
+def check_move(answer: dict[str, Any], few: bool = False) -> None:
+    """``few``: numbers than threads, so that none takes more than one."""
     assert answer["spilled"] == 0
-    assert answer["whole_lines"]
+    assert answer["whole_lines"] or few
     assert answer["barrier"]
     assert not answer["loads_after_last_barrier"], "the whole path is read"
     assert not answer["stores_before_last_barrier"], "before anything is written"
@@ -85,6 +86,6 @@ def test_moves_and_merges_of_any_size(arch: int) -> None:
         for dim, dtype, sinks in ((64, "fp16", False), (256, "bf16", True), (96, "fp32", False))
     ]
     answers = compiled(moves + merges)
-    for answer in answers[: len(moves)]:
-        check_move(answer)
+    for case, answer in zip(moves, answers, strict=False):
+        check_move(answer, few=int(case["path"]) == 1)
     assert all(answer["spilled"] == 0 for answer in answers[len(moves) :])
