@@ -23,7 +23,7 @@ from specdec.interfaces import DecodeState
 from specdec.target import Target
 from specdec.tree import TokenTree, Topology, from_host
 from specdec.visibility import KNOWN_LAYER_TYPES, AttentionKinds, _visible, packed_masks, packed_visibility
-from verifiers.kernels import backend as backends
+from verifiers.kernels import plain
 from verifiers.kernels.backend import PlainAttention, TritonAttention
 
 NEW_TOKENS = 24
@@ -153,8 +153,8 @@ def fail_in_a_tree_pass(layer: Any, _: Any) -> None:
 
 def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
-    right = backends.plain.tree_attention
-    monkeypatch.setattr(backends.plain, "tree_attention", lambda *args, **options: right(*args, **options) * 1.01)
+    right = plain.tree_attention
+    monkeypatch.setattr(plain, "tree_attention", lambda *args, **options: right(*args, **options) * 1.01)
     with pytest.warns(UserWarning, match="'plain' is not used .* self-check: tree logits differ"):
         specdec.speculate(model, "prompt_lookup", attention="plain")
     assert attention_of(model) is None

@@ -214,7 +214,8 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     together = case((37, 5), topology=topology)
     result = tree_attention.tree_attention(*together, splits=2)
     for row, length in enumerate((37, 5)):
-        alone = Case(*(tensor[row : row + 1] for tensor in together[:4]), together.scaling)
+        query, key, value, mask = (tensor[row : row + 1] for tensor in together[:4])
+        alone = Case(query, key, value, mask, together.scaling)
         assert int(alone.mask[0, 0, 0, 0]) == length
         assert torch.equal(tree_attention.tree_attention(*alone, splits=2), result[row : row + 1])
 
