@@ -1,8 +1,8 @@
 """How fast attention alone is over a long text and a tree: the kernel, sdpa with a mask, FlexAttention, and the limit.
 
 What is timed is one attention call of one layer, keys and values out of memory: calls go over copies of them that do
-not fit into the cache of the device together, as the layers of a model do. On CUDA a graph of calls is replayed, so that
-no launch is waited for. The limit is a copy of memory on the same device, in the same unit.
+not fit into the cache of the device together, as the layers of a model do. On CUDA a graph of calls is replayed, so
+that no launch is waited for. The limit is a copy of memory on the same device, in the same unit.
 
 Shapes: B rows, P committed tokens, N nodes, Hq and Hkv heads, D head size.
 """
