@@ -145,7 +145,12 @@ def attach(
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
-    if compiling is not None:
+    if compiling is not None and target.attention is not None:
+        warnings.warn(
+            f"compiled passes know the model's own attention only; with {target.attention.name!r} they run uncompiled",
+            stacklevel=3,
+        )
+    elif compiling is not None:
         target.compile(drafter.needs.max_nodes, compiling)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)

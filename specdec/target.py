@@ -174,7 +174,7 @@ class Target:
             inference tensors: to be read and combined, never written in place outside inference mode.
         """
         start, stop, _ = (nodes or slice(0, tree.num_nodes)).indices(tree.num_nodes)
-        if self.compiled is not None and self.attention is None and route.is_full and stop - start == tree.num_nodes:
+        if self.compiled is not None and route.is_full and stop - start == tree.num_nodes:
             output = self._run_compiled(self.compiled, context, tree, taps)
             if output is not None:
                 return output

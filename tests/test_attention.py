@@ -160,6 +160,15 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     assert attention_of(model) is None
 
 
+def test_compiled_passes_are_left_out_by_name() -> None:
+    model = model_of("llama")
+    inputs, expected = zoo.clear_prompts(model, 1, 8, (13,))
+    with pytest.warns(UserWarning, match="with 'plain' they run uncompiled"):
+        specdec.speculate(model, "prompt_lookup", attention="plain", compile=True)
+    assert speculation_of(model).target.compiled is None
+    assert text(model, inputs, 8) == expected.tolist()
+
+
 def test_an_unknown_name_lists_the_known() -> None:
     assert choices("attention") == ["plain", "triton"]
     with pytest.raises(ValueError, match=r"unknown attention 'flash'; known: plain, triton"):
@@ -195,6 +204,12 @@ def counting(counts: dict[str, int], launch: Callable[..., Any]) -> Callable[...
         return launch(*args, **options)
 
     return counted
+
+
+def on_cuda_of(family: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts whose text a GPU's own rounding does not change, with that text."""
+    inputs, expected = zoo.clear_prompts(model_of(family), 3, NEW_TOKENS)
+    return {name: tensor.cuda() for name, tensor in inputs.items()}, expected
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need Triton (extra 'kernels')")
@@ -254,6 +269,19 @@ class TestTriton:
         with pytest.warns(UserWarning, match=f"'triton' is not used .* {said}.*; its own 'sdpa' stays"):
             specdec.speculate(model, "prompt_lookup", attention="triton")
         assert attention_of(model) is None
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen3", "gpt_oss"])
+    def test_greedy_text_on_a_gpu(self, family: str, counted: dict[str, int]) -> None:
+        model = zoo.build(family).cuda()
+        inputs, expected = on_cuda_of(family)
+        specdec.speculate(model, "token_recycling", attention="triton")
+        assert text(model, inputs) == expected.tolist()
+        assert counted["tree_attention"] > 0
+        model = zoo.build(family, dtype=torch.bfloat16).cuda()
+        specdec.speculate(model, "token_recycling", attention="triton")
+        assert attention_of(model) is not None, "the self-check passes in bfloat16 too"
+        text(model, inputs)
 
     def test_without_cuda_it_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         kernel = importlib.import_module("verifiers.kernels.tree_attention")
