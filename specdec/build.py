@@ -17,6 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
+from specdec.attention import AttentionBackend
 from specdec.generation import attach, unwrap
 from specdec.interfaces import Drafter, Verifier
 
@@ -140,6 +141,13 @@ def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str
     return built
 
 
+def build_attention(attention: str | Mapping[str, Any] | AttentionBackend | None) -> AttentionBackend | None:
+    """An attention backend from its name in ``conf/attention``, from a config, or as it is; None = the model's own."""
+    if isinstance(attention, str):
+        return build(load("attention", attention))
+    return build(attention) if isinstance(attention, Mapping) else attention
+
+
 def speculate(
     model: Any,
     drafter: str | Mapping[str, Any] | Drafter = "token_recycling",
@@ -147,6 +155,7 @@ def speculate(
     acceptance: str | None = None,
     compile: bool = False,
     cuda_graphs: bool = False,
+    attention: str | AttentionBackend | None = None,
     **options: Any,
 ) -> Any:
     """Make ``model.generate()`` speculate: same arguments, same result, sooner.
@@ -159,6 +168,8 @@ def speculate(
         compile: run the target's passes as compiled graphs. Making one takes seconds to minutes, once per machine;
             later processes load it (``specdec.graphs.store``). What compiles is logged (``logging``, name ``specdec``).
         cuda_graphs: capture the target's passes as CUDA graphs, compiled or not.
+        attention: a name in ``conf/attention``, of tree passes; where it cannot serve this model, one warning says why
+            and the model's own stays. None = the model's own.
         **options: constructor arguments of the drafter.
 
     Returns:
@@ -170,6 +181,5 @@ def speculate(
     """
     unwrap(model)
     compiling = _LOG.info if compile else None
-    return attach(
-        model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling, cuda_graphs
-    )
+    built, checked = build_drafter(drafter, **options), build_verifier(verifier, acceptance)
+    return attach(model, built, checked, compiling, cuda_graphs, build_attention(attention))

@@ -9,7 +9,7 @@ Shapes: B rows, Hkv key/value heads, D head size, N nodes, P committed tokens, K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ class TreeCache(Cache):
         span: K, the slots that the running pass sees (``0..span-1``).
         width: N of the running pass.
         slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
+        mover: moves slots of a storage in place of the slab itself; false where it leaves that to the slab.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class TreeCache(Cache):
         self.capacity = _bucket(max(reserve, self.columns) + self._spare)
         self.span, self.width = self.columns, 0
         self.slots: int | Tensor = 0
+        self.mover: Callable[[Tensor, Tensor, Tensor], bool] | None = None
         self._rows: dict[_Slab, Tensor] = {}
         self._slabs: list[_Slab] = []
         super().__init__(layers=self._allocate(prefilled, for_graphs))
@@ -202,7 +204,9 @@ class TreeCache(Cache):
         """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers."""
         for slab in self._slabs:
             device = slab.storage.device
-            slab.move(source.to(device), target.to(device))
+            read, written = source.to(device), target.to(device)
+            if self.mover is None or not self.mover(slab.storage, read, written):
+                slab.move(read, written)
 
     def extend(self, prefilled: DynamicCache, lengths: Sequence[int]) -> None:
         """Append to the prefilled cache what was committed since, as plain generate would have left it.

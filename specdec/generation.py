@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec import capabilities, sampling
+from specdec.attention import AttentionBackend
 from specdec.decoding import Request, Step, decode
 from specdec.interfaces import DecodeState, Drafter, Verifier
 from specdec.metrics import SpeculationStats
@@ -109,6 +110,7 @@ def attach(
     verifier: Verifier,
     compiling: Callable[[str], None] | None = None,
     cuda_graphs: bool = False,
+    attention: AttentionBackend | None = None,
 ) -> Model:
     """Make ``model.generate`` speculate with built objects (``specdec.speculate`` also takes names).
 
@@ -118,6 +120,8 @@ def attach(
         verifier: checks its trees.
         compiling: run passes as compiled graphs, and tell this about their compilation; None = as they are.
         cuda_graphs: capture passes as CUDA graphs.
+        attention: of tree passes; where it cannot serve this model the model's own stays, with one warning. None = the
+            model's own.
 
     Returns:
         ``model``, as given.
@@ -138,15 +142,33 @@ def attach(
     with _evaluating(inner), torch.inference_mode(False):
         capabilities.check(target)
         target.prepare()
+        if attention is not None:
+            _use_attention(target, attention)
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
-    if compiling is not None or cuda_graphs:
+    if target.attention is not None and (compiling is not None or cuda_graphs):
+        warnings.warn(
+            f"graphs know the model's own attention only; with {target.attention.name!r} passes run without them",
+            stacklevel=3,
+        )
+    elif compiling is not None or cuda_graphs:
         target.use_graphs(drafter.needs.max_nodes, compiling, cuda_graphs)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))
     return model
+
+
+def _use_attention(target: Target, attention: AttentionBackend) -> None:
+    reason = attention.fit(target)
+    if reason is None:
+        target.attention = attention
+        return
+    own = target.config._attn_implementation
+    warnings.warn(
+        f"attention {attention.name!r} is not used for {target.name}: {reason}; its own {own!r} stays", stacklevel=4
+    )
 
 
 def _refuse_shared(drafter: Drafter, model: Any) -> None:

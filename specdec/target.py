@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.attention import AttentionBackend, Switch
 from specdec.cache import TreeCache
 from specdec.graphs import passes
 from specdec.graphs.cuda import CudaGraphs
@@ -28,7 +30,7 @@ from specdec.routing import FULL, Route, Router
 from specdec.selection import top_k
 from specdec.transfer import upload
 from specdec.tree import TokenTree
-from specdec.visibility import AttentionKinds, attention_masks
+from specdec.visibility import AttentionKinds, attention_masks, packed_masks
 
 _HEAD_CHUNK = 256  # prompt positions per pass of the head: bounds the vocabulary-sized intermediate
 
@@ -60,6 +62,8 @@ class Target:
         self.router = Router(self.layers, _output_head(self.model))
         self.kinds = AttentionKinds.of(self.config)
         self.graphs: passes.GraphPasses | None = None
+        self.attention: AttentionBackend | None = None
+        self._switch = Switch(model)
 
     @property
     def num_layers(self) -> int:
@@ -141,6 +145,8 @@ class Target:
             # Such a model counts the columns of its cache, padding included.
             template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
         cache = TreeCache(prefilled, mask, columns + reserve, release, for_graphs=self.graphs is not None)
+        if self.attention is not None:
+            cache.mover = self.attention.move
         lengths = [columns - pad for pad in cache.padding]
         return Context(cache, template, lengths, list(lengths), [0] * len(lengths), self.dtype)
 
@@ -176,7 +182,7 @@ class Target:
             if outcome is not None:
                 return outcome
         # A pass over a small model is bound by dispatch, of which inference mode saves a twentieth.
-        with torch.inference_mode():
+        with torch.inference_mode(), self._attending():
             if route.is_full and not taps:
                 outputs = self.model(**inputs, return_dict=True)
                 return PassOutput(outputs.logits, {}, outputs.get("hidden_states"))
@@ -185,6 +191,10 @@ class Target:
         return PassOutput(
             outputs.logits, {tap: parts[0] for tap, parts in recorded.items()}, outputs.get("hidden_states")
         )
+
+    def _attending(self) -> AbstractContextManager[None]:
+        """Within the block the layers use the attention of tree passes."""
+        return nullcontext() if self.attention is None else self._switch.to(self.attention.implementation)
 
     def use_graphs(self, max_nodes: int, compiling: Callable[[str], None] | None, capture: bool = False) -> None:
         """From now on run passes over up to ``max_nodes`` nodes as graphs where they recur (``specdec.graphs``).
@@ -303,9 +313,11 @@ class Target:
         inputs["input_ids"] = tree.token_ids[:, start:stop]
         inputs["past_key_values"] = cache
         inputs["position_ids"] = inputs["position_ids"] + self._offsets(context, tree, start, stop)
-        inputs["attention_mask"] = attention_masks(
-            self.kinds, tree.topology, slice(start, stop), lengths, context.dtype
-        )
+        nodes = slice(start, stop)
+        if self.attention is not None:
+            inputs["attention_mask"] = packed_masks(self.kinds, tree.topology, nodes, lengths)
+        else:
+            inputs["attention_mask"] = attention_masks(self.kinds, tree.topology, nodes, lengths, context.dtype)
         for name, value in context.template.items():
             if name.endswith("token_type_ids"):
                 inputs[name] = value[..., -1:].expand(*value.shape[:-1], stop - start)

@@ -71,6 +71,11 @@ class Topology:
         return reach > 0
 
     @cached_property
+    def words(self) -> Tensor:
+        """int64 ``[1 or B, N, W]``: ``ancestors`` as bits, 64 nodes to a word."""
+        return packed_bits(self.ancestors)
+
+    @cached_property
     def steps(self) -> Tensor:
         """bool ``[1 or B, N, N]``: ancestors without the root, which no walk can miss."""
         steps = self.ancestors.clone()
@@ -141,6 +146,13 @@ class Topology:
     def to(self, device: torch.device) -> Topology:
         """The same shape on another device (itself where it is there already)."""
         return self if self.parents.device == device else Topology(self.parents.to(device), self.max_depth)
+
+
+def packed_bits(flags: Tensor) -> Tensor:
+    """bool ``[..., N]`` -> int64 ``[..., W]``: flag i is bit ``i % 64`` of word ``i // 64``; bits beyond N are 0."""
+    padded = torch.nn.functional.pad(flags.long(), (0, -flags.shape[-1] % 64))
+    shifts = torch.arange(64, device=flags.device)
+    return (padded.view(*flags.shape[:-1], -1, 64) << shifts).sum(-1)
 
 
 @dataclass

@@ -11,6 +11,11 @@ Worked example, P = 3 committed tokens and the tree of ``tree.py``, full attenti
 
 A window of w shows slots whose *position* (committed: slot; node: P + depth) is above position - w; a chunk of c shows
 positions with the same quotient by c.
+
+The same as a *packed mask*, for attention that tells by itself what a node sees: int64 ``[B, 1, n, 3 + W]`` with, for
+every node, the number of committed tokens, the number of nodes whose keys may be seen, the first committed slot that it
+sees, and one bit per node, 64 to a word. It has four dimensions like the other kind, so models hand it on unread; it
+does not grow with the text, and all that changes from pass to pass is on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import torch
 from torch import Tensor
 
 from specdec.transfer import upload
-from specdec.tree import Topology
+from specdec.tree import Topology, packed_bits
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 KNOWN_LAYER_TYPES = (FULL, SLIDING, CHUNKED)
@@ -108,3 +113,45 @@ def _visible(kind: str, size: int, topology: Topology, nodes: slice, lengths: Se
     key = torch.where(node < 0, slots, committed + depths.gather(1, inside))[:, None]
     near = key > query - size if kind == SLIDING else key // size == query // size
     return visible & near
+
+
+def packed_masks(kinds: AttentionKinds, topology: Topology, nodes: slice, lengths: Sequence[int]) -> Any:
+    """Packed masks of a pass over ``nodes`` of a tree; arguments as for ``attention_masks``.
+
+    Returns:
+        int64 ``[B, 1, n, 3 + W]``; as a dict by layer type where the model wants one.
+    """
+    masks = {kind: _packed(kind, size, topology, nodes, lengths) for kind, size in kinds.sizes.items()}
+    return masks if kinds.by_layer else next(iter(masks.values()))
+
+
+def _packed(kind: str, size: int, topology: Topology, nodes: slice, lengths: Sequence[int]) -> Tensor:
+    rows, stop, device = len(lengths), nodes.stop, topology.parents.device
+    words = topology.words[:, nodes, : -(-stop // 64)]
+    packed = torch.empty(rows, 1, words.shape[1], 3 + words.shape[2], dtype=torch.int64, device=device)
+    uniform = len(set(lengths)) == 1
+    committed: int | Tensor = lengths[0] if uniform else torch.tensor(lengths, device=device)[:, None]
+    packed[:, 0, :, 0] = committed
+    packed[:, 0, :, 1] = stop
+    if kind == FULL or (kind == SLIDING and max(lengths) + topology.max_depth < size):
+        packed[:, 0, :, 2] = 0
+    else:
+        positions = committed + topology.depths[:, :stop]
+        queries = positions[:, nodes]
+        first = queries - size + 1 if kind == SLIDING else queries // size * size
+        packed[:, 0, :, 2] = first.clamp(min=0)
+        if kind == CHUNKED or topology.max_depth >= size:  # ancestors may be out of sight themselves
+            near = positions[:, None] >= first[:, :, None]
+            words = packed_bits(topology.ancestors[:, nodes, :stop] & near)
+    packed[:, 0, :, 3:] = words
+    return packed
+
+
+def packed_visibility(mask: Tensor, slots: int) -> Tensor:
+    """The definition of a packed mask: which of ``slots`` every node sees, bool ``[B, n, slots]``."""
+    slot = torch.arange(slots, device=mask.device)
+    committed, stop, first = (mask[:, 0, :, column, None] for column in range(3))
+    node = slot - committed
+    word = (node.clamp(min=0) // 64).clamp(max=mask.shape[3] - 4)
+    related = mask[:, 0, :, 3:].gather(2, word) >> (node % 64) & 1 > 0
+    return torch.where(node < 0, slot >= first, related & (node < stop))

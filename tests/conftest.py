@@ -12,5 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which has to be chosen before triton is imported for the first time.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

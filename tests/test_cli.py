@@ -96,6 +96,8 @@ MISTAKES = {
     "unknown drafter": (["generate", "prompt=x", "drafter=nope"], "token_recycling"),
     "unknown target": (["generate", "prompt=x", "target=nope"], "demo"),
     "unknown verifier": (["generate", "prompt=x", "verifier=nope"], "tree_attention"),
+    "unknown attention": (["generate", "prompt=x", "attention=nope"], "triton"),
+    "bad option of an attention": (["generate", "prompt=x", "attention=triton", "attention.splits=0"], "splits >= 1"),
     "unknown option": (["generate", "prompt=x", "drafter.nope=1"], "num_nodes"),
     "unknown key": (["generate", "prompt=x", "nope=1"], "nope"),
     "no prompt": (["generate"], "no prompt"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from specdec.audit import Pair
-from specdec.build import build, build_drafter, build_verifier
+from specdec.build import build, build_attention, build_drafter, build_verifier
 from specdec.evaluation.losslessness import plain_pair
 from specdec.generation import attach
 from specdec.loading import Loaded
@@ -65,7 +65,8 @@ class Session:
         if configured_rule and self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
         compiling = Console(stderr=True).print if self.loaded.compile else None
-        return attach(self.model, build_drafter(drafter), verifier, compiling, self.loaded.cuda_graphs)
+        attention = build_attention(self.config.get("attention"))
+        return attach(self.model, build_drafter(drafter), verifier, compiling, self.loaded.cuda_graphs, attention)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.

@@ -1,0 +1,91 @@
+"""Every line of the launch table compiles for GPUs that are not there: no spills, the matrix units, whole accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton (extra 'kernels')")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = 99 * 1024  # what GPUs of consumers have for a block
+AMPERE, HOPPER = 80, 90
+
+
+def compiled(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In a process of its own: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests" / "kernels_ahead.py"), json.dumps(cases)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def attention(arch: int, rows: int, dim: int = 128, dtype: str = "bf16", **options: Any) -> dict[str, Any]:
+    return {"kernel": "attention", "arch": arch, "rows": rows, "dim": dim, "dtype": dtype, **options}
+
+
+def check_attention(case: dict[str, Any], answer: dict[str, Any], spilled: int = 0) -> None:
+    assert answer["spilled"] <= spilled, (case, answer)
+    assert answer["shared"] <= SHARED, (case, answer)
+    assert answer["whole_lines"], (case, answer)
+    hopper = case["arch"] == HOPPER and case["rows"] > 32 and case["dtype"] != "fp32"
+    assert answer["mma"] == ("wgmma.mma_async" if hopper else "mma.sync"), (case, answer)
+
+
+def test_the_usual_tiles() -> None:
+    """A single node, and a tree of 64 nodes with four heads to a key head; merge and move."""
+    cases = [attention(arch, rows) for arch in (AMPERE, HOPPER) for rows in (4, 256)]
+    others: list[dict[str, Any]] = [
+        {"kernel": "merge", "arch": AMPERE, "dim": 128, "dtype": "bf16"},
+        {"kernel": "move", "arch": AMPERE, "path": 8, "dim": 128},
+    ]
+    *attentions, merge, move = compiled(cases + others)
+    for case, answer in zip(cases, attentions, strict=True):
+        check_attention(case, answer)
+    assert merge["spilled"] == 0
+    check_move(move)
+
+
+def check_move(answer: dict[str, Any], few: bool = False) -> None:
+    """``few``: numbers than threads, so that none takes more than one."""
+    assert answer["spilled"] == 0
+    assert answer["whole_lines"] or few
+    assert answer["barrier"]
+    assert not answer["loads_after_last_barrier"], "the whole path is read"
+    assert not answer["stores_before_last_barrier"], "before anything is written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [AMPERE, HOPPER])
+def test_the_whole_table(arch: int) -> None:
+    cases = [attention(arch, rows, dim) for dim in (64, 128, 256) for rows in (4, 32, 64, 256)]
+    cases += [attention(arch, rows, dim, "fp16") for dim in (80, 96) for rows in (4, 256)]
+    cases += [attention(arch, rows, 128, capped=True) for rows in (4, 64, 256)]
+    cases += [attention(arch, 64, dim, "fp32") for dim in (64, 128, 256)]
+    for case, answer in zip(cases, compiled([dict(case) for case in cases]), strict=True):
+        # Head size 256 in float32 needs a few registers more than there are.
+        check_attention(case, answer, spilled=16 if (case["dtype"], case["dim"]) == ("fp32", 256) else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [AMPERE, HOPPER])
+def test_moves_and_merges_of_any_size(arch: int) -> None:
+    moves = [
+        {"kernel": "move", "arch": arch, "path": path, "dim": dim} for path in (1, 8, 64, 128) for dim in (64, 128)
+    ]
+    merges = [
+        {"kernel": "merge", "arch": arch, "dim": dim, "dtype": dtype, "sinks": sinks}
+        for dim, dtype, sinks in ((64, "fp16", False), (256, "bf16", True), (96, "fp32", False))
+    ]
+    answers = compiled(moves + merges)
+    for case, answer in zip(moves, answers, strict=False):
+        check_move(answer, few=int(case["path"]) == 1)
+    assert all(answer["spilled"] == 0 for answer in answers[len(moves) :])
