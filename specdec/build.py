@@ -9,20 +9,22 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from specdec.generation import attach, unwrap
-from specdec.interfaces import Drafter, Verifier
+from specdec.interfaces import Drafter, Shaped, Verifier
+from specdec.tuning.files import FixedTree
 
 _ALLOWED = ("drafters.", "verifiers.", "specdec.")
 _OWNER = "specdec"
 _LOG = logging.getLogger("specdec")
+Tree = str | Mapping[str, Any] | Sequence[Sequence[int]]
 
 
 def config_dir() -> Path:
@@ -127,6 +129,44 @@ def build_drafter(drafter: str | Mapping[str, Any] | Drafter, **options: Any) ->
     return drafter
 
 
+def shaped_names() -> list[str]:
+    """The drafters in ``conf/drafter`` whose tree can be chosen (``Shaped``)."""
+    return [name for name in choices("drafter") if hasattr(get_object(load("drafter", name)["_target_"]), "reshape")]
+
+
+def with_tree(drafter: Drafter, tree: Tree | None, model: Any) -> Drafter:
+    """The drafter with a chosen tree.
+
+    Args:
+        drafter: built, and bound to no other model.
+        tree: a name in ``conf/tree``, a file that ``specdec tune`` made, a config with ``_target_``, or rank paths;
+            None = the drafter's own.
+        model: the target's, for its vocabulary.
+
+    Returns:
+        ``drafter``, or one around it.
+
+    Raises:
+        FileNotFoundError: no such name or file.
+        ValueError: the drafter has no tree that can be chosen, or not this one.
+    """
+    if tree is None:
+        return drafter
+    if isinstance(tree, str):
+        tree = load("tree", tree) if tree in choices("tree") else {**load("tree", "tuned"), "path": tree}
+    if isinstance(tree, Mapping) and tree.get("path") == MISSING:
+        raise ValueError("tree=tuned needs a file that specdec tune made: tree.path=FILE")
+    recipe = build(tree) if isinstance(tree, Mapping) else FixedTree(paths=tree)
+    if recipe == FixedTree():
+        return drafter
+    if not isinstance(drafter, Shaped):
+        raise ValueError(
+            f"drafter {drafter.name!r} has no tree of a fixed shape to choose; these have: {', '.join(shaped_names())}"
+        )
+    shaped: Drafter = recipe.shape(drafter, unwrap(model).get_output_embeddings().weight.shape[0])
+    return shaped
+
+
 def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str | None = None) -> Verifier:
     """A verifier from its name in ``conf/verifier``, from a config, or as it is; ``acceptance`` names a rule."""
     if not isinstance(verifier, str | Mapping):
@@ -146,6 +186,7 @@ def speculate(
     verifier: str | Verifier = "tree_attention",
     acceptance: str | None = None,
     compile: bool = False,
+    tree: Tree | None = None,
     **options: Any,
 ) -> Any:
     """Make ``model.generate()`` speculate: same arguments, same result, sooner.
@@ -157,6 +198,8 @@ def speculate(
         acceptance: a name in ``conf/acceptance``; None takes the lossless rule that suits the request.
         compile: run the target's full passes as compiled graphs, which take seconds to minutes to make in every
             process. What compiles is logged (``logging``, name ``specdec``).
+        tree: a file that ``specdec tune`` made, ``"adaptive"`` for a tree that follows the text, or rank paths; None =
+            the drafter's own. Names that the drafter itself has for trees (``mc_sim_7b_63``) are taken too.
         **options: constructor arguments of the drafter.
 
     Returns:
@@ -167,4 +210,7 @@ def speculate(
     """
     unwrap(model)
     compiling = _LOG.info if compile else None
-    return attach(model, build_drafter(drafter, **options), build_verifier(verifier, acceptance), compiling)
+    if isinstance(tree, str) and not Path(tree).suffix and tree not in choices("tree"):
+        options["tree"], tree = tree, None
+    built = with_tree(build_drafter(drafter, **options), tree, model)
+    return attach(model, built, build_verifier(verifier, acceptance), compiling)
