@@ -41,6 +41,7 @@ _CHAIN_GUESS = (0.6, 0.05)
 _SCALES = (0.2, 4.0)  # by which what is seen may move what is not
 _REMEMBERED = 96  # steps whose times are kept
 _MEASURING_S = 0.2
+_FIT_EVERY = 4  # choices
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Adaptation:
     """
 
     path: str | None = None
-    interval: int = 16
-    half_life: float = 64.0
-    strength: float = 8.0
-    gain: float = 0.03
+    interval: int = 8
+    half_life: float = 48.0
+    strength: float = 16.0
+    gain: float = 0.02
     max_nodes: int = 64
     max_depth: int = 12
     max_width: int = 10
@@ -127,6 +128,7 @@ class Adaptive:
         shaped, settings = self.shaped, self.settings
         if shaped.widest < 1:
             return "a drafter whose tree can be exchanged as it is set up"
+        known = self._target is not None and self._target.model is target.model
         if self._target is None:
             self._initial = tuple(shaped.tree_paths)
         self._target, self._is_chain = target, shaped.widest == 1
@@ -137,7 +139,10 @@ class Adaptive:
         self._width = widest if self._is_chain else min(widest, shaped.widest)
         self._limit = max(settings.max_nodes, len(first) + 1)
         self.needs = replace(self.drafter.needs, max_nodes=max(self._limit, self.drafter.needs.max_nodes))
+        if known:
+            return None
         self._prior = self._prior_rates()
+        self._passes.clear()
         self._forget()
         if self._saved is not None:
             saved, self._saved = self._saved, None
@@ -254,7 +259,8 @@ class Adaptive:
         if not self._fits_online(state):
             assert self.file is not None
             return self.file.costs
-        if self._recent:
+        # A fit takes about as long as a choice, and costs change slower than texts.
+        if self._recent and (self._steps // self.settings.interval) % _FIT_EVERY == 1:
             self._fitted = fit_costs(self._recent, passes)
         draft, rest = self._fitted
         return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
@@ -283,6 +289,7 @@ class Adaptive:
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
+            "fitted": [*self._fitted[0], *self._fitted[1]],
             "passes": {rows: seconds.tolist() for rows, seconds in self._passes.items()},
         }
         return saved
@@ -310,5 +317,7 @@ class Adaptive:
         self._lengths.load_state_dict(own["lengths"])
         self._passes = {int(rows): np.array(seconds) for rows, seconds in own["passes"].items()}
         self._recent.extend(StepCost(int(n), int(d), draft, whole) for n, d, draft, whole in own["times"])
+        draft_s, node_s, level_s, *rest = own["fitted"]
+        self._fitted = (draft_s, node_s, level_s), (rest[0], rest[1])
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]

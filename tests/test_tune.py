@@ -42,6 +42,13 @@ def test_lines_of_a_file() -> None:
     ("arguments", "expected"),
     [
         (["tune", "drafter=none"], "'none' has nothing to tune"),
+        (["tune", "what=drafter", "drafter=medusa"], "'medusa' has no search"),
+        (["tune", "what=leaves"], "known: tree, drafter"),
+        (["tune", "drafter=trigram"], "token_recycling"),
+        (["tune", "drafter=kangaroo", "drafter.shape=top_k"], "no tree to tune as it is set up"),
+        (["tune", "drafter=prompt_lookup", "contexts=[4000]"], "2048"),
+        (["tune", "drafter=prompt_lookup", "state=luke"], "known: warm, cold"),
+        (["tune", "drafter=prompt_lookup", "tree=adaptive"], "takes none"),
         (["tune", "drafter.search=false"], "search=false"),
         (["tune", "prompts_file=nowhere.txt"], "nowhere.txt"),
         (["tune", "max_new_tokens=2"], "no text reached"),

@@ -57,6 +57,7 @@ class Watch:
         self.drafter: Shaped = drafter
         self.costs: list[StepCost] = []
         self.lengths = DraftLengths(counts.depth)
+        self._emitted = self._walks = 0
         self._shapes = None if shapes is None else itertools.cycle(list(shapes))
         self._layout = Layout.of(drafter.tree_paths, drafter.widest == 1)
         self._clock = self._drafted = 0.0
@@ -69,6 +70,9 @@ class Watch:
             depth = max((sum(map(bool, offered)) for offered in step.verification.offered), default=0)
             self.costs.append(StepCost(step.tree.num_nodes, depth, drafted - self._drafted, now - self._clock))
             self._layout.count(step.verification, self.counts)
+            for tokens, done in zip(step.verification.tokens, step.verification.was_finished, strict=True):
+                self._walks += not done
+                self._emitted += 0 if done else len(tokens)
             if self._layout.length:
                 self.lengths.add(step.verification, self._layout.length)
         if self._shapes is not None:
@@ -76,6 +80,11 @@ class Watch:
             self.drafter.reshape(shape)
             self._layout = Layout.of(shape, self.drafter.widest == 1)
         self._clock, self._drafted = time.perf_counter(), drafted
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Seen, the bonus included."""
+        return self._emitted / self._walks if self._walks else 1.0
 
     def profile(self, rates: np.ndarray) -> Profile:
         """With these rates, and how far the drafts came that were seen."""

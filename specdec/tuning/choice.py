@@ -66,7 +66,7 @@ class Profile:
 
     rates: Sequence[Sequence[float]]
     offered: Sequence[float] | None = None
-    widths: Sequence[float] = field(default=())
+    widths: Sequence[float] = field(default_factory=list)
 
     @property
     def is_chain(self) -> bool:
@@ -177,9 +177,9 @@ def _expect_chain(
     return Choice(tree, tokens, float(stops @ costs.seconds(nodes, np.arange(length + 1))))
 
 
-def envelope(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The largest curve below the measured one that never falls: a tree may always be padded to a cheaper size."""
-    return np.minimum.accumulate(np.asarray(seconds, float)[::-1])[::-1].copy()
+def envelope(seconds: Sequence[float]) -> np.ndarray:
+    """The closest curve that never falls: where a larger tree was measured as cheaper, both cost the same."""
+    return np.array(falling([*seconds][::-1], [1.0] * len(seconds))[::-1])
 
 
 def falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -86,8 +86,9 @@ class AcceptanceCounts:
 
     def _sound(self, rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """At most one child of a node accepted; falling in rank where ranks are such."""
-        if not self.is_chain:
-            rates = np.array([falling(*row) for row in zip(rates.tolist(), weights.tolist(), strict=True)])
+        rising = (np.diff(rates, axis=1) > 0).any(1) & (not self.is_chain)
+        for depth in np.flatnonzero(rising):
+            rates[depth] = falling(rates[depth].tolist(), weights[depth].tolist())
         return rates / np.maximum(rates.sum(1, keepdims=True), 1.0)
 
     def state_dict(self) -> dict[str, list[list[float]]]:
@@ -134,7 +135,7 @@ class DraftLengths:
         """``Profile.offered``: of each level, the share of drafts that come to it; unseen levels are like the last."""
         shares, last = list[float](), 1.0
         for came, could in zip(self._came, self._could, strict=True):
-            last = min((came + strength * last) / (could + strength), last)
+            last = min((came + strength * last) / max(could + strength, 1e-12), last)
             shares.append(last)
         return shares
 
