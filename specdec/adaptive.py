@@ -35,7 +35,7 @@ from specdec.tuning.files import TreeFile
 from specdec.tuning.timing import curve, pass_seconds, sizes_up_to
 
 _LOG = logging.getLogger("specdec")
-_SIZES = (*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8))
+_SIZES = frozenset((*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8)))
 _GUESS, _FALL = 0.45, 1.4  # rates of a drafter that nobody has measured: the best child's, and the power of the rank
 _CHAIN_GUESS = (0.6, 0.05)
 _SCALES = (0.2, 4.0)  # by which what is seen may move what is not
@@ -64,7 +64,7 @@ class Adaptation:
     """
 
     path: str | None = None
-    interval: int = 8
+    interval: int = 12
     half_life: float = 48.0
     strength: float = 16.0
     gain: float = 0.02
@@ -73,9 +73,9 @@ class Adaptation:
     max_width: int = 10
 
     def __post_init__(self) -> None:
-        if min(self.interval, self.max_depth, self.max_width) < 1 or not 2 <= self.max_nodes <= _SIZES[-1]:
+        if min(self.interval, self.max_depth, self.max_width) < 1 or not 2 <= self.max_nodes <= max(_SIZES):
             raise ValueError(
-                f"expected interval, max_depth and max_width >= 1 and 2 <= max_nodes <= {_SIZES[-1]}; got {self}"
+                f"expected interval, max_depth and max_width >= 1 and 2 <= max_nodes <= {max(_SIZES)}; got {self}"
             )
         if min(self.half_life, self.strength) <= 0 or self.gain < 0:
             raise ValueError(f"expected half_life and strength > 0 and gain >= 0; got {self}")
@@ -226,9 +226,9 @@ class Adaptive:
         self._lengths.decay(fade)
         target = self._target
         assert target is not None
-        sizes: Sequence[int] = (*_SIZES, len(self._initial) + 1)
-        if target.compiled is not None and not self._is_chain:
-            sizes = target.compiled.buckets
+        sizes = _SIZES | {len(self._initial) + 1}
+        if target.compiled is not None:
+            sizes = frozenset(target.compiled.buckets)
         best = choose(profile, costs, self._limit, self._depth, sizes)
         now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
         if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):

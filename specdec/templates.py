@@ -140,20 +140,20 @@ def ranked_paths(
     acceptance: Sequence[Sequence[float]], num_nodes: int, max_depth: int | None = None
 ) -> list[tuple[tuple[int, ...], float]]:
     """``best_first`` with the value of every node: the first n of them are the best tree of n nodes, for every n."""
-    heap: list[tuple[float, tuple[int, ...]]] = []
+    heap: list[tuple[float, tuple[int, ...], float]] = []  # minus the value, the path, the value of its parent
+    last, deepest = len(acceptance) - 1, num_nodes if max_depth is None else max_depth
 
-    def push(value: float, parent: tuple[int, ...], rank: int) -> None:
-        edges = acceptance[min(len(parent), len(acceptance) - 1)]
-        if rank < len(edges) and edges[rank] > 0 and (max_depth is None or len(parent) < max_depth):
-            heapq.heappush(heap, (-value * edges[rank], (*parent, rank)))
+    def push(parent_value: float, path: tuple[int, ...]) -> None:
+        depth, rank = len(path), path[-1]
+        edges = acceptance[depth - 1 if depth <= last else last]
+        if depth <= deepest and rank < len(edges) and edges[rank] > 0:
+            heapq.heappush(heap, (-parent_value * edges[rank], path, parent_value))
 
-    values: dict[tuple[int, ...], float] = {(): 1.0}
-    push(1.0, (), 0)
+    push(1.0, (0,))
     chosen: list[tuple[tuple[int, ...], float]] = []
     while heap and len(chosen) < num_nodes:
-        negative, path = heapq.heappop(heap)
+        negative, path, parent_value = heapq.heappop(heap)
         chosen.append((path, -negative))
-        values[path] = -negative
-        push(values[path[:-1]], path[:-1], path[-1] + 1)
-        push(-negative, path, 0)
+        push(parent_value, (*path[:-1], path[-1] + 1))
+        push(-negative, (*path, 0))
     return chosen

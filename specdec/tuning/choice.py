@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -132,9 +133,10 @@ def _best_of_depth(
     profile: Profile, costs: Costs, below: int, max_depth: int, sizes: Collection[int] | None
 ) -> Choice | None:
     ranked = ranked_paths(profile.rates, below, max_depth)
-    allowed = [n for n in range(1, len(ranked) + 1) if sizes is None or n + 1 in sizes] or [len(ranked)]
     if not ranked:
         return None
+    every = range(1, len(ranked) + 1)
+    allowed = [*every] if sizes is None else [n for n in every if n + 1 in sizes] or [len(ranked)]
     tokens = 1 + np.cumsum([value for _, value in ranked])
     depth = np.array(list(accumulate((len(path) for path, _ in ranked), max)))
     chosen = np.array(allowed)
@@ -149,13 +151,23 @@ def expect(paths: Sequence[Sequence[int]], profile: Profile, costs: Costs) -> Ch
     tree = [tuple(path) for path in paths]
     if profile.offered is not None:
         return _expect_chain(tree, profile.rates, profile.offered, profile.widths, costs)
-    rates = profile.rates
-    values: dict[tuple[int, ...], float] = {(): 1.0}
-    for path in sorted(tree, key=len):
-        row = rates[len(path) - 1] if len(path) <= len(rates) else ()
-        values[path] = values[path[:-1]] * (row[path[-1]] if path[-1] < len(row) else 0.0)
-    depth = max((len(path) for path in tree), default=0)
-    return Choice(tree, sum(values.values()), float(costs.seconds(np.array(len(tree) + 1), np.array(depth))))
+    rates, above, tokens, levels = np.array(profile.rates), np.ones(1), 1.0, _levels(tuple(tree))
+    for row, (parents, ranks) in zip(rates, levels, strict=False):
+        above = above[parents] * np.where(ranks < len(row), row[np.minimum(ranks, len(row) - 1)], 0.0)
+        tokens += float(above.sum())
+    return Choice(tree, tokens, float(costs.seconds(np.array(len(tree) + 1), np.array(len(levels)))))
+
+
+@lru_cache(maxsize=256)
+def _levels(paths: tuple[tuple[int, ...], ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each level its nodes' parents, counted within the level above, and their ranks."""
+    levels: list[tuple[np.ndarray, np.ndarray]] = []
+    above: dict[tuple[int, ...], int] = {(): 0}
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        nodes = [path for path in paths if len(path) == depth]
+        levels.append((np.array([above[path[:-1]] for path in nodes]), np.array([path[-1] for path in nodes])))
+        above = {path: index for index, path in enumerate(nodes)}
+    return levels
 
 
 def _expect_chain(
