@@ -32,7 +32,7 @@ from specdec.tuning.calibration import StepCost, fit_costs
 from specdec.tuning.choice import Costs, Profile, choose, expect
 from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
 from specdec.tuning.files import TreeFile
-from specdec.tuning.timing import curve, pass_seconds, sizes_up_to
+from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
 
 _LOG = logging.getLogger("specdec")
 _SIZES = frozenset((*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8)))
@@ -184,7 +184,7 @@ class Adaptive:
             return
         target, context = self._target, state.context
         assert target is not None and context is not None
-        compiled = None if target.compiled is None else target.compiled.buckets
+        compiled = graph_sizes(target)
         begun = perf_counter()
         sizes = sizes_up_to(self._limit, compiled, coarse=True)
         times = pass_seconds(target, context, sizes, 5, self.drafter.needs.taps, _MEASURING_S)
@@ -224,11 +224,9 @@ class Adaptive:
         fade = 0.5 ** (settings.interval / settings.half_life)
         self._counts.decay(fade)
         self._lengths.decay(fade)
-        target = self._target
-        assert target is not None
-        sizes = _SIZES | {len(self._initial) + 1}
-        if target.compiled is not None:
-            sizes = frozenset(target.compiled.buckets)
+        assert self._target is not None
+        graphs = graph_sizes(self._target)
+        sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
         best = choose(profile, costs, self._limit, self._depth, sizes)
         now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
         if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):

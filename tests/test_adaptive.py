@@ -192,6 +192,14 @@ def test_the_files_tree_comes_first_and_stays_where_it_is_best() -> None:
     assert bench.adaptive.choices == 0
 
 
+def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 12, 32])
+    bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+    sizes = {*bench.text([0.7, 0.2], 150), *bench.text([0.3, 0.1], 150)}
+    assert sizes <= {4, 6, 12, 32}, "the file's tree of 4 comes first"
+    assert len(sizes) > 2
+
+
 @pytest.mark.usefixtures("clock")
 def test_costs_are_measured_once_per_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[int], Any]] = []

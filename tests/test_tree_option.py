@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.utils import get_object
 
 import specdec
 from drafters.kangaroo import Kangaroo
@@ -16,7 +18,8 @@ from drafters.medusa import Medusa
 from equality import VOCAB, tiny_llama
 from specdec import cli
 from specdec.adaptive import Adaptive
-from specdec.build import build_drafter, shaped_names, with_tree
+from specdec.build import build_drafter, choices, load, shaped_names, with_tree
+from specdec.evaluation.records import read_summary
 from specdec.interfaces import Shaped
 from specdec.templates import chain_paths
 from specdec.tuning.choice import Costs, Profile
@@ -122,6 +125,26 @@ def test_in_the_library(tmp_path: Path) -> None:
     top_k = Kangaroo(shape="top_k", num_draft_tokens=3, width=2, num_nodes=8)
     with pytest.raises(ValueError, match="expected shape=chain"):
         with_tree(top_k, [[0]], model)
+
+
+@pytest.mark.parametrize("name", choices("tree"))
+def test_recipes_show_every_option_at_its_default(name: str) -> None:
+    recipe = load("tree", name)
+    options = inspect.signature(get_object(recipe.pop("_target_"))).parameters
+    assert recipe.keys() == options.keys()
+    assert all(value in (options[key].default, "???") for key, value in recipe.items())
+
+
+def test_trees_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["specdec"])
+    path, output = written(tmp_path, vocab_size=4096), tmp_path / "run"
+    few = ("limit=1", "max_new_tokens=4", "warmup=0", "threads=1", "baselines=[]", "states=[warm]")
+    wanted = f"{{name: token_recycling, tree: {path}}},{{name: prompt_lookup, label: moving, tree: adaptive}}"
+    cli.main(["evaluate", f"drafters=[{wanted},{{name: medusa, tree: mc_sim_7b_63}}]", f"output={output}", *few])
+    made = read_summary(output / "summary.json")
+    assert {"token_recycling", "moving", "medusa"} <= {row.drafter for row in made.rows}
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "drafters=[medusa]", "tree=adaptive", f"output={tmp_path / 'other'}", *few])
 
 
 SMALL = ("threads=1", "max_new_tokens=12", "dtype=float32")

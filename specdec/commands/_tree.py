@@ -20,7 +20,7 @@ from specdec.tuning.calibration import Watch, calibrate, fit_costs, plain_second
 from specdec.tuning.choice import Choice, Costs, Paths, Profile, choose, expect
 from specdec.tuning.counts import AcceptanceCounts
 from specdec.tuning.files import TreeFile, described
-from specdec.tuning.timing import curve, pass_seconds, sizes_up_to
+from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
 
 _SHAPES = (4, 8, 16, 24, 32, 48, 64, 96)  # nodes of the trees that drafting is timed with
 _AGAIN = 16.0  # walks that the first look is worth beside a second one
@@ -33,7 +33,8 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        max_nodes: of the largest tree considered, the root included.
+        max_nodes: of the largest tree considered, the root included. Where passes are compiled it is a size of its own
+            beside the few that graphs are made for, and no others are considered.
         max_depth: of the deepest one, where the drafter sets no limit.
         max_width: ranks considered.
         calibration_nodes: of the wide tree that acceptance is counted with.
@@ -105,9 +106,11 @@ class TreeTuner:
         self.depth = max(plan.max_depth, *map(len, self.published)) if self.is_chain else plan.max_depth
         self.depth = min(self.depth, drafter.deepest or self.depth)
         self.width = min(plan.max_width, drafter.widest)
-        self.compiled = self.handle.target.compiled is not None
-        if self.compiled:
-            self.handle.target.compile(plan.max_nodes, self._say)
+        target = self.handle.target
+        if graph_sizes(target) is not None:
+            # Only sizes that are graphs have a time of their own; the chosen tree will be one.
+            target.compile(plan.max_nodes, self._say)
+        self.graphs = graph_sizes(target)
         context = session.loaded.context_length
         if context is not None and max(plan.contexts) + plan.max_nodes > context:
             raise ValueError(
@@ -118,7 +121,7 @@ class TreeTuner:
     def run(self) -> TreeFile:
         """Everything; the drafter has its own tree again afterwards."""
         times = self._times()
-        curves = [curve(each, stairs=self.compiled) for each in times.values()]
+        curves = [curve(each, stairs=self.graphs is not None) for each in times.values()]
         passes = np.mean(curves, axis=0)
         try:
             rates, more = self._acceptance()
@@ -140,13 +143,13 @@ class TreeTuner:
         return TreeFile(name, target.vocab_size, best.choice.paths, best.profile, costs, {}, expected, more)
 
     def _choose(self, profile: Profile, costs: Costs) -> Choice:
-        return choose(profile, costs, self.plan.max_nodes, self.depth)
+        return choose(profile, costs, self.plan.max_nodes, self.depth, self.graphs)
 
     def _times(self) -> dict[int, dict[int, float]]:
         """Context -> size -> seconds."""
         text = torch.cat(list(self.ids), dim=1)
         target, plan, found = self.handle.target, self.plan, dict[int, dict[int, float]]()
-        sizes = sizes_up_to(plan.max_nodes, target.compiled.buckets if target.compiled else None)
+        sizes = sizes_up_to(plan.max_nodes, self.graphs)
         for tokens in plan.contexts:
 
             def probe(state: DecodeState, step: Step, tokens: int = tokens) -> None:

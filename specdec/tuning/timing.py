@@ -24,6 +24,11 @@ _BRANCHING = 3  # of the trees that are timed: as bushy as drafters' trees are
 _COARSE = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
+def graph_sizes(target: Target) -> list[int] | None:
+    """The sizes to which a compiled target pads its passes, ascending; None where passes are as they are."""
+    return None if target.compiled is None else list(target.compiled.buckets)
+
+
 def sizes_up_to(max_nodes: int, compiled: Sequence[int] | None = None, coarse: bool = False) -> list[int]:
     """The sizes worth timing, ascending; ``max_nodes`` is the last.
 
