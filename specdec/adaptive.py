@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -98,6 +98,7 @@ class Adaptive:
 
     Attributes:
         choices: trees that it has changed to since it was made or reset, plain decoding included.
+        announce: told when a request waits for a measurement.
 
     Raises:
         ValueError: the drafter has no tree that can be exchanged.
@@ -114,6 +115,7 @@ class Adaptive:
             drafter.reshape(file.paths)
         self.needs = replace(drafter.needs, max_nodes=max(self.settings.max_nodes, drafter.needs.max_nodes))
         self.choices = 0
+        self.announce: Callable[[str], None] = _LOG.info
         self._passes: dict[int, np.ndarray] = {}
         self._plain, self._paths = False, list[tuple[int, ...]]()
         self._began = self._drafting = 0.0
@@ -189,7 +191,7 @@ class Adaptive:
         sizes = sizes_up_to(self._limit, compiled, coarse=True)
         times = pass_seconds(target, context, sizes, 5, self.drafter.needs.taps, _MEASURING_S)
         self._passes[rows] = curve(times, stairs=compiled is not None)
-        _LOG.info("adaptive tree: timed passes of %d sizes in %.2f s", len(sizes), perf_counter() - begun)
+        self.announce(f"adaptive tree: timed passes of {len(sizes)} sizes in {perf_counter() - begun:.2f} s")
 
     def propose(self, state: DecodeState) -> TokenTree:
         """The drafter's tree, or none while plain decoding promises more."""

@@ -42,8 +42,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize(("family", "batch"), [("llama", 1), ("gemma3_text", 3)])
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize(
+    ("name", "family", "batch"),
+    [*((name, "llama", 3) for name in WRAPPED), ("token_recycling", "gemma3_text", 1), ("medusa", "gpt2", 1)],
+)
 def test_greedy_text_is_the_targets_own(name: str, family: str, batch: int) -> None:
     model, inputs = model_of(family), prompts(batch)
     built = Adaptive(build_drafter(name), SOON)

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig
 
+from specdec.adaptive import Adaptive
 from specdec.audit import Pair
 from specdec.build import Tree, build, build_drafter, build_verifier, with_tree
 from specdec.evaluation.losslessness import plain_pair
@@ -72,6 +73,8 @@ class Session:
             verifier.rule = build(self.config["acceptance"])
         compiling = Console(stderr=True).print if self.loaded.compile else None
         built = with_tree(build_drafter(drafter), tree, self.model)
+        if isinstance(built, Adaptive):
+            built.announce = Console(stderr=True).print
         return attach(self.model, built, verifier, compiling)
 
     def options(self) -> dict[str, Any]:
