@@ -15,11 +15,15 @@ mass. The prompt is read once, by the ordinary prefill, whose K/V serve both par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from drafters.base import BaseDrafter
 from drafters.self_drafting import comb_tree, draft_chain, verify_from, why_not_split
 from specdec.interfaces import DecodeState, Needs
 from specdec.routing import Route
 from specdec.target import Target
+from specdec.templates import chain_length, chain_paths
 from specdec.tree import TokenTree, root_only
 
 
@@ -63,6 +67,26 @@ class EarlyExit(BaseDrafter):
             return f"a vocabulary of at least {self.width} tokens (width), got {target.vocab_size}"
         self._target, self._layer = target, self.exit_layer or max(layers // 4, 1)
         return why_not_split(target, self._layer)
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The longest chain (``Shaped``)."""
+        return chain_paths(self.num_draft_tokens)
+
+    @property
+    def widest(self) -> int:
+        """A chain. What ``width`` hangs beside it follows."""
+        return 1
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        self.num_draft_tokens = chain_length(paths, self.name)
+        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens * self.width)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """Draft, then complete the lower layers of the nodes that the draft has not run."""

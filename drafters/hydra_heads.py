@@ -17,7 +17,7 @@ Shapes: B rows, N nodes, n states of a step, K heads, H hidden size, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.selection import top_k
 from specdec.target import Target
-from specdec.templates import Template, best_first
+from specdec.templates import Template, best_first, kept_template
 from specdec.transfer import upload
 from specdec.tree import TokenTree
 
@@ -146,17 +146,49 @@ class Hydra(BaseDrafter):
         if not 0 <= shape.hidden_state_offset <= target.num_layers:
             return f"heads that read one of its {target.num_layers} layers, got offset {shape.hidden_state_offset}"
         self._tap = target.num_layers - shape.hidden_state_offset if shape.hidden_state_offset else "final"
-        rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(shape.num_heads)]
-        template = self._chosen or Template.from_paths(best_first(rates, self.num_nodes, shape.num_heads))
+        return self._shape(target, shape.num_heads)
+
+    def _shape(self, target: Target, num_heads: int) -> str | None:
+        """Choose the tree and plan its levels; says why that cannot be."""
+        rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(num_heads)]
+        template = self._chosen or Template.from_paths(best_first(rates, self.num_nodes, num_heads))
         depth = template.topology.max_depth
-        if depth > shape.num_heads:
-            return f"a tree no deeper than its {shape.num_heads} heads reach, got one of depth {depth}"
+        if depth > num_heads:
+            return f"a tree no deeper than its {num_heads} heads reach, got one of depth {depth}"
         if template.width > target.vocab_size:
             return f"a vocabulary of at least {template.width} tokens, got {target.vocab_size}"
         self.template = template.to(target.device)
         self._plan = _levels(self.template)
         self.needs = Needs(taps=(self._tap,), prompt_states=True, max_nodes=template.num_nodes)
         return None
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """As it is now (``Shaped``)."""
+        template = self._chosen if self._target is None else self.template
+        return [] if template is None else template.paths
+
+    @property
+    def widest(self) -> int:
+        """Any number of children up to the vocabulary; 0 before there is a target."""
+        return 0 if self._target is None else self._target.vocab_size
+
+    @property
+    def deepest(self) -> int | None:
+        """A level for each head."""
+        return 0 if self.heads is None else self.heads.shape.num_heads
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft another tree from the next step on; refuses levels without a head."""
+        device = torch.device("cpu") if self._target is None else self._target.device
+        template, before = kept_template(tuple(map(tuple, paths)), device), self._chosen
+        self._chosen = template
+        bound = self.heads is not None and self._target is not None
+        reason = self._shape(self._target, self.heads.shape.num_heads) if bound else None  # type: ignore[arg-type,union-attr]
+        if reason is not None:
+            self._chosen = before
+            raise ValueError(f"expected {reason}")
+        self.needs = replace(self.needs, max_nodes=template.num_nodes)
 
     def _fill(self, target: Target) -> None:
         path = self.path

@@ -22,6 +22,7 @@ Shapes: B rows, N nodes, n nodes of a pass, k steps of a draft, H hidden size, V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.routing import Route
 from specdec.target import Target
+from specdec.templates import chain_length, chain_paths
 from specdec.transfer import upload
 from specdec.tree import TokenTree, root_only
 
@@ -125,6 +127,28 @@ class Kangaroo(BaseDrafter):
         self.adapter.to(target.router.head.weight.device)
         self._target = target
         return None
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The longest chain (``Shaped``)."""
+        return chain_paths(self.num_draft_tokens) if self.tree is None else []
+
+    @property
+    def widest(self) -> int:
+        """A chain; the shape ``top_k`` grows trees of its own, which nobody exchanges."""
+        return 1 if self.tree is None else 0
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        if self.tree is not None:
+            raise ValueError("kangaroo with shape=top_k grows a tree of its own at every step; expected shape=chain")
+        self.num_draft_tokens = chain_length(paths, self.name)
+        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens)
 
     def _why_too_small(self, target: Target) -> str | None:
         if target.num_layers < 2:

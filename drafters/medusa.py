@@ -29,7 +29,7 @@ from specdec.interfaces import DecodeState, Lesson, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.selection import top_k
 from specdec.target import Target
-from specdec.templates import Template
+from specdec.templates import Template, kept_template
 from specdec.tree import TokenTree
 
 DEMO_HEADS = DEMO_FOLDER.parent / "medusa"
@@ -121,20 +121,49 @@ class Medusa(BaseDrafter):
 
     def _shape(self, heads: MedusaHeads, target: Target) -> str | None:
         """Choose the tree and where each node finds its token in ``[K, width]``; says why that cannot be."""
-        choices = target.vocab_size if heads.output is None else heads.output.shape[1]
         template = self._given
         if template is None:
-            template = Template.from_paths(best_paths(self.num_nodes, heads.num_heads, choices, self.acceptance))
+            template = Template.from_paths(best_paths(self.num_nodes, heads.num_heads, self.widest, self.acceptance))
         depth = template.topology.max_depth
         if depth > heads.num_heads:
             return f"a tree of at most {heads.num_heads} levels, one for each of its heads; got one of {depth}"
-        if template.width > choices:
-            return f"a tree of ranks below {choices}, the tokens that a head can propose; got rank {template.width - 1}"
+        if template.width > self.widest:
+            most = f"{self.widest}, the tokens that a head can propose"
+            return f"a tree of ranks below {most}; got rank {template.width - 1}"
         self.template = template.to(target.device)
         self.needs = _needs(template.num_nodes)
         places = (template.topology.depths[0] - 1) * template.width + template.ranks
         self._places = places[1:].to(target.router.head.weight.device)
         return None
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """As it is now (``Shaped``)."""
+        template = self._given if self.heads is None else self.template
+        return [] if template is None else template.paths
+
+    @property
+    def widest(self) -> int:
+        """As many children as a head can propose tokens; 0 before there are heads."""
+        if self.heads is None or self._target is None:
+            return 0
+        return self._target.vocab_size if self.heads.output is None else self.heads.output.shape[1]
+
+    @property
+    def deepest(self) -> int | None:
+        """A level for each head."""
+        return 0 if self.heads is None else self.heads.num_heads
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft another tree from the next step on; refuses levels without a head."""
+        device = torch.device("cpu") if self._target is None else self._target.device
+        template, before = kept_template(tuple(map(tuple, paths)), device), self._given
+        self._given = template
+        reason = None if self.heads is None or self._target is None else self._shape(self.heads, self._target)
+        if reason is not None:
+            self._given = before
+            raise ValueError(f"expected {reason}")
+        self.needs = _needs(template.num_nodes)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:  # noqa: ARG002 - the protocol's signature
         """The heads read what the target made of the last prompt token."""

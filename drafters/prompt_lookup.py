@@ -6,11 +6,15 @@ proposes what followed it as a chain. The original and transformers' version tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs
+from specdec.templates import chain_length, chain_paths
 from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, chain, root_only
 
@@ -37,6 +41,26 @@ class PromptLookup(BaseDrafter):
             )
         self.num_draft_tokens, self.max_ngram, self.min_ngram = num_draft_tokens, max_ngram, min_ngram
         self.needs = Needs(max_nodes=num_draft_tokens + 1)
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The longest chain (``Shaped``)."""
+        return chain_paths(self.num_draft_tokens)
+
+    @property
+    def widest(self) -> int:
+        """A chain."""
+        return 1
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        self.num_draft_tokens = chain_length(paths, self.name)
+        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """A chain per row, as long as the longest match among the rows allows."""

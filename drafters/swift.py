@@ -13,6 +13,7 @@ sampling, since the draft is a point mass; the search is off where the request i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from drafters.self_drafting import Draft, comb_tree, draft_chain
 from drafters.skip_search import SkipSearch, SkipSet, load_skip_set, matchness, unified, uniform
 from specdec.interfaces import DecodeState, Needs, Prefill
 from specdec.target import Target
+from specdec.templates import chain_length, chain_paths
 from specdec.tree import TokenTree, root_only
 
 # Nodes of a step by the draft's confidence in its first choice: (above, nodes).
@@ -103,6 +105,26 @@ class Swift(BaseDrafter):
                 self._saved = None
             self._skip = self.search.best
         return None
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The longest chain (``Shaped``)."""
+        return chain_paths(self.num_draft_tokens)
+
+    @property
+    def widest(self) -> int:
+        """A chain. What the confidence hangs beside it follows."""
+        return 1
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        self.num_draft_tokens = chain_length(paths, self.name)
+        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens * min(self.max_width, _UNSURE_WIDTH))
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:  # noqa: ARG002 - the protocol's signature
         """Decide whether to search in this request."""

@@ -11,6 +11,8 @@ successors not seen yet are padding, not token 0; sampling is exact instead of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from drafters.base import BaseDrafter
 from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.selection import on_host, top_k
 from specdec.target import Target
-from specdec.templates import Template
+from specdec.templates import Template, kept_template
 from specdec.transfer import upload
 from specdec.tree import PADDING, TokenTree
 
@@ -87,11 +89,8 @@ class TokenRecycling(BaseDrafter):
         path: str | None = None,
     ) -> None:
         self.template = Template.from_paths(tree_paths(num_nodes) if paths is None else [tuple(p) for p in paths])
-        if self.template.width > num_successors:
-            raise ValueError(
-                f"the tree asks for {self.template.width} successors of a node; num_successors={num_successors}"
-            )
         self.num_successors = num_successors
+        self._check(self.template)
         self.needs = Needs(prompt_top_k=num_successors, max_nodes=self.template.num_nodes)
         self.matrix: Tensor | None = None
         self._saved: dict[str, Any] | None = None if path is None else torch.load(path, weights_only=True)
@@ -104,12 +103,43 @@ class TokenRecycling(BaseDrafter):
         if self.matrix is None or self.matrix.shape != shape:
             self.matrix = torch.full(shape, -1, device=target.device)
         self.matrix = self.matrix.to(target.device)
-        self.template = self.template.to(target.device)
-        self._host_levels = [(parents.cpu().numpy(), ranks.cpu().numpy()) for parents, ranks in self.template.levels]
+        self._take(self.template.to(target.device))
         if self._saved is not None:
             self.load_state_dict(self._saved)
             self._saved = None
         return None
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """As it is now (``Shaped``)."""
+        return self.template.paths
+
+    @property
+    def widest(self) -> int:
+        """As many children as successors are remembered."""
+        return self.num_successors
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft another tree from the next step on; refuses one that asks for more successors than are remembered."""
+        template = kept_template(tuple(map(tuple, paths)), self.template.ranks.device)
+        self._check(template)
+        self._take(template)
+
+    def _check(self, template: Template) -> None:
+        if template.width > self.num_successors:
+            raise ValueError(
+                f"the tree asks for {template.width} successors of a node; num_successors={self.num_successors}"
+            )
+
+    def _take(self, template: Template) -> None:
+        self.template = template
+        self._host_levels = [(parents.cpu().numpy(), ranks.cpu().numpy()) for parents, ranks in template.levels]
+        self.needs = replace(self.needs, max_nodes=template.num_nodes)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """Write a row for every prompt position; the latest occurrence of a token wins."""

@@ -9,21 +9,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from specdec.attention import AttentionBackend
 from specdec.generation import attach, unwrap
-from specdec.interfaces import Drafter, Verifier
+from specdec.interfaces import Drafter, Shaped, Verifier
+from specdec.tuning.files import FixedTree
 
 _ALLOWED = ("drafters.", "verifiers.", "specdec.")
 _OWNER = "specdec"
 _LOG = logging.getLogger("specdec")
+Tree = str | Mapping[str, Any] | Sequence[Sequence[int]]
 
 
 def config_dir() -> Path:
@@ -128,6 +130,44 @@ def build_drafter(drafter: str | Mapping[str, Any] | Drafter, **options: Any) ->
     return drafter
 
 
+def shaped_names() -> list[str]:
+    """The drafters in ``conf/drafter`` whose tree can be chosen (``Shaped``)."""
+    return [name for name in choices("drafter") if hasattr(get_object(load("drafter", name)["_target_"]), "reshape")]
+
+
+def with_tree(drafter: Drafter, tree: Tree | None, model: Any) -> Drafter:
+    """The drafter with a chosen tree.
+
+    Args:
+        drafter: built, and bound to no other model.
+        tree: a name in ``conf/tree``, a file that ``specdec tune`` made, a config with ``_target_``, or rank paths;
+            None = the drafter's own.
+        model: the target's, for its vocabulary.
+
+    Returns:
+        ``drafter``, or one around it.
+
+    Raises:
+        FileNotFoundError: no such name or file.
+        ValueError: the drafter has no tree that can be chosen, or not this one.
+    """
+    if tree is None:
+        return drafter
+    if isinstance(tree, str):
+        tree = load("tree", tree) if tree in choices("tree") else {**load("tree", "tuned"), "path": tree}
+    if isinstance(tree, Mapping) and tree.get("path") == MISSING:
+        raise ValueError("tree=tuned needs a file that specdec tune made: tree.path=FILE")
+    recipe = build(tree) if isinstance(tree, Mapping) else FixedTree(paths=tree)
+    if recipe == FixedTree():
+        return drafter
+    if not isinstance(drafter, Shaped):
+        raise ValueError(
+            f"drafter {drafter.name!r} has no tree of a fixed shape to choose; these have: {', '.join(shaped_names())}"
+        )
+    shaped: Drafter = recipe.shape(drafter, unwrap(model).get_output_embeddings().weight.shape[0])
+    return shaped
+
+
 def build_verifier(verifier: str | Mapping[str, Any] | Verifier, acceptance: str | None = None) -> Verifier:
     """A verifier from its name in ``conf/verifier``, from a config, or as it is; ``acceptance`` names a rule."""
     if not isinstance(verifier, str | Mapping):
@@ -148,7 +188,7 @@ def build_attention(attention: str | Mapping[str, Any] | AttentionBackend | None
     return build(attention) if isinstance(attention, Mapping) else attention
 
 
-def speculate(
+def speculate(  # noqa: PLR0913 - the options of one call
     model: Any,
     drafter: str | Mapping[str, Any] | Drafter = "token_recycling",
     verifier: str | Verifier = "tree_attention",
@@ -156,6 +196,7 @@ def speculate(
     compile: bool = False,
     cuda_graphs: bool = False,
     attention: str | AttentionBackend | None = None,
+    tree: Tree | None = None,
     **options: Any,
 ) -> Any:
     """Make ``model.generate()`` speculate: same arguments, same result, sooner.
@@ -170,6 +211,8 @@ def speculate(
         cuda_graphs: capture the target's passes as CUDA graphs, compiled or not.
         attention: a name in ``conf/attention``, of tree passes; where it cannot serve this model, one warning says why
             and the model's own stays. None = the model's own.
+        tree: a file that ``specdec tune`` made, ``"adaptive"`` for a tree that follows the text, or rank paths; None =
+            the drafter's own. Names that the drafter itself has for trees (``mc_sim_7b_63``) are taken too.
         **options: constructor arguments of the drafter.
 
     Returns:
@@ -181,5 +224,7 @@ def speculate(
     """
     unwrap(model)
     compiling = _LOG.info if compile else None
-    built, checked = build_drafter(drafter, **options), build_verifier(verifier, acceptance)
+    if isinstance(tree, str) and not Path(tree).suffix and tree not in choices("tree"):
+        options["tree"], tree = tree, None
+    built, checked = with_tree(build_drafter(drafter, **options), tree, model), build_verifier(verifier, acceptance)
     return attach(model, built, checked, compiling, cuda_graphs, build_attention(attention))

@@ -23,7 +23,7 @@ from specdec import commands
 from specdec.build import config_dir
 from specdec.evaluation.records import JOB_FAILED
 
-_PARTS = ("target", "drafter", "verifier", "acceptance", "data")
+_PARTS = ("target", "drafter", "tree", "verifier", "acceptance", "data")
 _OPTIONS_WITH_VALUE = (  # of Hydra
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
     "-i", "--experimental-rerun",

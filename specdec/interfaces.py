@@ -37,7 +37,7 @@ class Needs:
         taps: states recorded at every node of every pass (``Verification.states``).
         prompt_states: record the taps over the prompt too (``Prefill.states``).
         prompt_top_k: ids of the k most likely successors at every prompt position (``Prefill.top_k``).
-        max_nodes: N of the largest tree it will propose, root included.
+        max_nodes: N of the largest tree it will propose, whatever it is reshaped to in a request, root included.
     """
 
     taps: tuple[Tap, ...] = ()
@@ -301,6 +301,31 @@ class Tunable(Protocol):
         Returns:
             What was found, in plain values: an entry of a JSON file that the drafter reads back.
         """
+        ...
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """A drafter whose tree is a fixed set of rank paths that may be exchanged between any two steps.
+
+    Path ``(0, 2)`` is the node of rank 2 below the node of rank 0 below the root, which is not counted. Drafters that
+    draft token by token take chains only, ``(0,), (0, 0), ...``: how many steps a draft may have.
+
+    Attributes:
+        tree_paths: the tree of the next step; empty where only a target tells.
+        widest: most children of a node, 1 for chains; 0 where it has no such tree as it is set up.
+        deepest: most levels; None = no limit.
+    """
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]: ...
+    @property
+    def widest(self) -> int: ...
+    @property
+    def deepest(self) -> int | None: ...
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Take another tree from the next ``propose`` on; ValueError where it is none, or none that can be filled."""
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,9 +71,52 @@ class Template:
         return self.topology.num_nodes
 
     @property
+    def paths(self) -> list[tuple[int, ...]]:
+        """The rank paths in breadth-first order, root not counted."""
+        paths: list[tuple[int, ...]] = [()]
+        for parent, rank in list(zip(self.topology.host_parents[0], self.ranks.tolist(), strict=True))[1:]:
+            paths.append((*paths[parent], rank))
+        return paths[1:]
+
+    @property
     def width(self) -> int:
         """Largest number of children of a node that the template asks for."""
         return int(self.ranks.max()) + 1
+
+
+@lru_cache(maxsize=256)
+def kept_template(paths: tuple[tuple[int, ...], ...], device: torch.device) -> Template:
+    """The template of these paths, the same object when they come again: what derives from its topology is kept.
+
+    Raises:
+        ValueError: as ``Template.from_paths``; also without a path.
+    """
+    if not paths:
+        raise ValueError("a tree needs at least one node below the root, such as [[0]]; got none")
+    with torch.inference_mode(False):  # it outlives the request that happens to need it first
+        return Template.from_paths(paths).to(device)
+
+
+def chain_paths(length: int) -> list[tuple[int, ...]]:
+    """The rank paths of a chain of ``length`` nodes, root not counted."""
+    return [(0,) * depth for depth in range(1, length + 1)]
+
+
+def chain_length(paths: Iterable[Sequence[int]], drafter: str) -> int:
+    """How many nodes a chain has, root not counted.
+
+    Args:
+        paths: rank paths in any order.
+        drafter: whose chain, for the message.
+
+    Raises:
+        ValueError: they are no chain of at least one node.
+    """
+    ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+    if not ordered or ordered != chain_paths(len(ordered)):
+        shown = ", ".join(str(list(path)) for path in ordered[:4]) or "none"
+        raise ValueError(f"{drafter} drafts chains: expected paths such as [0], [0, 0], [0, 0, 0]; got {shown}")
+    return len(ordered)
 
 
 def best_first(
@@ -89,20 +133,27 @@ def best_first(
         num_nodes: nodes to choose, the root not counted.
         max_depth: no deeper than this; None = no limit.
     """
-    heap: list[tuple[float, tuple[int, ...]]] = []
+    return [path for path, _ in ranked_paths(acceptance, num_nodes, max_depth)]
 
-    def push(value: float, parent: tuple[int, ...], rank: int) -> None:
-        edges = acceptance[min(len(parent), len(acceptance) - 1)]
-        if rank < len(edges) and edges[rank] > 0 and (max_depth is None or len(parent) < max_depth):
-            heapq.heappush(heap, (-value * edges[rank], (*parent, rank)))
 
-    values: dict[tuple[int, ...], float] = {(): 1.0}
-    push(1.0, (), 0)
-    chosen: list[tuple[int, ...]] = []
+def ranked_paths(
+    acceptance: Sequence[Sequence[float]], num_nodes: int, max_depth: int | None = None
+) -> list[tuple[tuple[int, ...], float]]:
+    """``best_first`` with the value of every node: the first n of them are the best tree of n nodes, for every n."""
+    heap: list[tuple[float, tuple[int, ...], float]] = []  # minus the value, the path, the value of its parent
+    last, deepest = len(acceptance) - 1, num_nodes if max_depth is None else max_depth
+
+    def push(parent_value: float, path: tuple[int, ...]) -> None:
+        depth, rank = len(path), path[-1]
+        edges = acceptance[depth - 1 if depth <= last else last]
+        if depth <= deepest and rank < len(edges) and edges[rank] > 0:
+            heapq.heappush(heap, (-parent_value * edges[rank], path, parent_value))
+
+    push(1.0, (0,))
+    chosen: list[tuple[tuple[int, ...], float]] = []
     while heap and len(chosen) < num_nodes:
-        negative, path = heapq.heappop(heap)
-        chosen.append(path)
-        values[path] = -negative
-        push(values[path[:-1]], path[:-1], path[-1] + 1)
-        push(-negative, path, 0)
+        negative, path, parent_value = heapq.heappop(heap)
+        chosen.append((path, -negative))
+        push(parent_value, (*path[:-1], path[-1] + 1))
+        push(-negative, (*path, 0))
     return chosen

@@ -165,7 +165,7 @@ def test_compiled_passes_are_left_out_by_name() -> None:
     inputs, expected = zoo.clear_prompts(model, 1, 8, (13,))
     with pytest.warns(UserWarning, match="with 'plain' they run uncompiled"):
         specdec.speculate(model, "prompt_lookup", attention="plain", compile=True)
-    assert speculation_of(model).target.compiled is None
+    assert speculation_of(model).target.graphs is None
     assert text(model, inputs, 8) == expected.tolist()
 
 

@@ -10,6 +10,7 @@ import pytest
 from drafters.skip_search import load_skip_set
 from specdec import cli
 from specdec.commands.tune import _text
+from specdec.tuning.files import TreeFile
 
 SMALL = ("threads=1", "dtype=float32", "max_new_tokens=8", "drafter.search.context_window=4")
 
@@ -30,6 +31,38 @@ def test_a_tuned_set_is_written_and_read_back(tmp_path: Path, monkeypatch: pytes
     assert load_skip_set(output).as_dict() == {"attention": entry["attention"], "mlp": entry["mlp"]}
 
 
+@pytest.mark.parametrize("drafter", ["token_recycling", "prompt_lookup"])
+def test_a_tuned_tree_is_written_and_read_back(
+    drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "prompts.txt", tmp_path / "new" / "tree.yaml"
+    data.write_text("def total(items):\nHow many eggs are left?\n")
+    monkeypatch.setattr("sys.argv", ["specdec"])
+    small = ("threads=1", "dtype=float32", "max_new_tokens=16", "max_nodes=12", "max_depth=4", "calibration_nodes=20")
+    options = ("contexts=[8,40]", "repeats=2", f"prompts_file={data}", f"output={output}")
+    cli.main(["tune", f"drafter={drafter}", *options, *small])
+    said = capsys.readouterr().out
+    assert "chosen" in said
+    assert str(output.with_suffix(".png")) in said.replace("\n", "")
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    file = TreeFile.read(output)
+    assert (file.drafter, file.vocab_size, file.made_on["target"]) == (drafter, 4096, "demo")
+    assert file.made_on["threads"] == 1
+    assert file.made_on["prompts"] == 2
+    assert 1 <= len(file.paths) <= 80
+    assert len(file.costs.passes) == 12
+    assert file.expected.keys() == {"chosen", "published", "plain"}
+    rates = {name: values["tokens_per_second"] for name, values in file.expected.items()}
+    assert rates["chosen"] >= rates["published"]
+    assert ("plain decoding is faster" in said) == file.plain_is_faster == (rates["plain"] > rates["chosen"])
+    assert set(file.more["pass_seconds_by_context"]) == {8, 40}
+    learns = drafter == "token_recycling"
+    assert ("rates_cold" in file.more) == learns
+    assert file.profile.is_chain == (not learns)
+    cli.main(["generate", "prompt=def f(x):", "compare=true", f"drafter={drafter}", f"tree.path={output}", *small[:3]])
+    assert "identical texts: 1 of 1" in capsys.readouterr().out
+
+
 def test_lines_of_a_file() -> None:
     assert _text("plain {text}") == "plain {text}"
     assert _text('{"prompt": "a"}') == "a"
@@ -42,6 +75,13 @@ def test_lines_of_a_file() -> None:
     ("arguments", "expected"),
     [
         (["tune", "drafter=none"], "'none' has nothing to tune"),
+        (["tune", "what=drafter", "drafter=medusa"], "'medusa' has no search"),
+        (["tune", "what=leaves"], "known: tree, drafter"),
+        (["tune", "drafter=trigram"], "token_recycling"),
+        (["tune", "drafter=kangaroo", "drafter.shape=top_k"], "no tree to tune as it is set up"),
+        (["tune", "drafter=prompt_lookup", "contexts=[4000]"], "2048"),
+        (["tune", "drafter=prompt_lookup", "state=luke"], "known: warm, cold"),
+        (["tune", "drafter=prompt_lookup", "tree=adaptive"], "takes none"),
         (["tune", "drafter.search=false"], "search=false"),
         (["tune", "prompts_file=nowhere.txt"], "nowhere.txt"),
         (["tune", "max_new_tokens=2"], "no text reached"),

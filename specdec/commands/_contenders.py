@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,48 +92,53 @@ class Contenders:
             model, self._eos, "transformers_assistant", {"assistant_model": assistant.to(model.device).eval()}
         )
 
-    def _wanted(self, choice: str) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
-        """Names for tables, and names or configs of drafters."""
+    def _wanted(self, choice: str) -> Iterator[tuple[str, str | Mapping[str, Any], Any]]:
+        """Names for tables, names or configs of drafters, and their trees."""
         config = self.session.config
-        wanted = config["drafters"]
+        wanted, tree = config["drafters"], config.get("tree")
         if wanted is None:
-            yield choice, config["drafter"]
+            yield choice, config["drafter"], tree
             return
+        if tree not in (None, load("tree", "published")):
+            raise ValueError(
+                "tree=... goes with drafter=...; of several drafters each has its own: {name: ..., tree: FILE}"
+            )
         if wanted == "all":
             wanted = [name for name in choices("drafter") if name not in config["exclude"]]
         for entry in [wanted] if isinstance(wanted, str) else wanted:
             if isinstance(entry, str):
-                yield entry, load("drafter", entry)
+                yield entry, load("drafter", entry), None
                 continue
             options = dict(entry)
             name = options.pop("name", None)
             if not isinstance(name, str):
                 raise ValueError(f"expected drafters to be names or {{name: ..., option: ...}}, got {entry!r}")
             label = str(options.pop("label", name))
-            yield label, load("drafter", name, options)
+            tree = _own_tree(options)
+            yield label, load("drafter", name, options), tree
 
     def _all(self, choice: str) -> Iterator[Speculating]:
         lenient, seen = self.session.config["drafters"] == "all", {"none"}
-        for name, config in self._wanted(choice):
+        for name, config, tree in self._wanted(choice):
             if isinstance(config, Mapping) and config.get("_target_") == load("drafter", "none")["_target_"]:
                 continue  # the plain loop is measured anyway
             if name in seen:
                 raise ValueError(f"two methods are called {name!r}; give one of them a label")
             seen.add(name)
             try:
-                yield from self._states(name, config)
+                yield from self._states(name, config, tree)
             except _REFUSALS as error:
                 if not lenient:
                     raise
                 self.left_out[name] = str(error).splitlines()[0]
 
-    def _states(self, name: str, config: str | Mapping[str, Any]) -> list[Speculating]:
+    def _states(self, name: str, config: str | Mapping[str, Any], tree: Any) -> list[Speculating]:
         """The method once where it learns nothing, else once per state that is asked for."""
-        method = self._speculating(name, config)
+        method = self._speculating(name, config, tree=tree)
         if not self._learns(method):
             return [method]
         states = self.session.config["states"]
-        methods = [method] + [self._speculating(name, config) for _ in states[1:]]
+        methods = [method] + [self._speculating(name, config, tree=tree) for _ in states[1:]]
         for each, state in zip(methods, states, strict=True):
             each.state = state
         return methods
@@ -144,9 +150,19 @@ class Contenders:
         method.forget()
         return stateful
 
-    def _speculating(self, name: str, config: str | Mapping[str, Any], kind: str = "drafter") -> Speculating:
-        model = self.session.attach(config, configured_rule=kind != "plain")
+    def _speculating(
+        self, name: str, config: str | Mapping[str, Any], kind: str = "drafter", tree: Any = None
+    ) -> Speculating:
+        model = self.session.attach(config, configured_rule=kind != "plain", tree=tree)
         return Speculating(name, model, speculation_of(model), self._eos, kind)
+
+
+def _own_tree(options: dict[str, Any]) -> Any:
+    """Take the tree out of an entry's options, where it is one for any drafter: a file, or a name in ``conf/tree``."""
+    tree = options.get("tree")
+    if isinstance(tree, str) and (tree in choices("tree") or Path(tree).suffix):
+        return options.pop("tree")
+    return None
 
 
 def labels(methods: Sequence[Method]) -> list[str]:

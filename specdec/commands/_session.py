@@ -11,8 +11,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig
 
+from specdec.adaptive import Adaptive
 from specdec.audit import Pair
-from specdec.build import build, build_attention, build_drafter, build_verifier
+from specdec.build import Tree, build, build_attention, build_drafter, build_verifier, with_tree
 from specdec.evaluation.losslessness import plain_pair
 from specdec.generation import attach
 from specdec.loading import Loaded
@@ -54,19 +55,28 @@ class Session:
 
     def speculate(self) -> Any:
         """Make the target speculate with the configured drafter; returns the model."""
-        return self.attach(self.config["drafter"])
+        return self.attach(self.config["drafter"], tree=self.config.get("tree"))
 
-    def attach(self, drafter: str | Mapping[str, Any], configured_rule: bool = True) -> Any:
+    def attach(
+        self,
+        drafter: str | Mapping[str, Any],
+        configured_rule: bool = True,
+        tree: Tree | None = None,
+    ) -> Any:
         """Make the target speculate with a drafter, named or as its config; returns the model.
 
-        ``configured_rule=False`` leaves the config's ``acceptance`` out, as a baseline needs it.
+        ``configured_rule=False`` leaves the config's ``acceptance`` out, as a baseline needs it. ``tree``: as
+        ``specdec.build.with_tree`` takes it.
         """
         verifier = build_verifier(self.config["verifier"])
         if configured_rule and self.config.get("acceptance"):
             verifier.rule = build(self.config["acceptance"])
         compiling = Console(stderr=True).print if self.loaded.compile else None
         attention = build_attention(self.config.get("attention"))
-        return attach(self.model, build_drafter(drafter), verifier, compiling, self.loaded.cuda_graphs, attention)
+        built = with_tree(build_drafter(drafter), tree, self.model)
+        if isinstance(built, Adaptive):
+            built.announce = Console(stderr=True).print
+        return attach(self.model, built, verifier, compiling, self.loaded.cuda_graphs, attention)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.

@@ -1,0 +1,323 @@
+"""Trees that follow the text: budget and shape are chosen anew every few steps, from what was accepted lately.
+
+``Adaptive`` is a drafter around any drafter whose tree can be exchanged (``Shaped``). It counts which rank at which
+depth was accepted, lets old steps fade, and asks ``specdec.tuning.choice`` for the tree with the most expected tokens
+per second, under the costs of a tree file or, without one, under costs it measures itself: of passes at the start of
+the first request, of all else while decoding. Where plain decoding promises more, it proposes nothing for a while.
+
+What the present tree does not contain is not seen. Such places are believed to be what the prior says (the file's
+rates, the drafter's own, or a guess), scaled by how the places that are seen compare with it; as counts fade, all
+estimates go back to the prior, so that what was given up is tried again.
+
+The text does not depend on any of this: every tree is verified.
+
+Shapes: B rows, D depth, R ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from specdec.interfaces import DecodeState, Drafter, Prefill, Shaped, Verification
+from specdec.target import Target
+from specdec.tree import TokenTree, root_only
+from specdec.tuning.calibration import StepCost, fit_costs
+from specdec.tuning.choice import Costs, Profile, choose, expect
+from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
+from specdec.tuning.files import TreeFile
+from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
+
+_LOG = logging.getLogger("specdec")
+_SIZES = frozenset((*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8)))
+_GUESS, _FALL = 0.45, 1.4  # rates of a drafter that nobody has measured: the best child's, and the power of the rank
+_CHAIN_GUESS = (0.6, 0.05)
+_SCALES = (0.2, 4.0)  # by which what is seen may move what is not
+_REMEMBERED = 96  # steps whose times are kept
+_MEASURING_S = 0.2
+_FIT_EVERY = 4  # choices
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a tree follows the text.
+
+    Attributes:
+        path: a tree file of ``specdec tune`` to start from, with its rates and costs; None = the drafter's own tree,
+            and costs that are measured.
+        interval: steps between two choices.
+        half_life: steps after which what was seen weighs half.
+        strength: steps that the prior is worth.
+        gain: share by which a tree must promise more than the present one to take its place.
+        max_nodes: of the largest tree, the root included.
+        max_depth: of the deepest one.
+        max_width: ranks considered.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    path: str | None = None
+    interval: int = 12
+    half_life: float = 48.0
+    strength: float = 16.0
+    gain: float = 0.02
+    max_nodes: int = 64
+    max_depth: int = 12
+    max_width: int = 10
+
+    def __post_init__(self) -> None:
+        if min(self.interval, self.max_depth, self.max_width) < 1 or not 2 <= self.max_nodes <= max(_SIZES):
+            raise ValueError(
+                f"expected interval, max_depth and max_width >= 1 and 2 <= max_nodes <= {max(_SIZES)}; got {self}"
+            )
+        if min(self.half_life, self.strength) <= 0 or self.gain < 0:
+            raise ValueError(f"expected half_life and strength > 0 and gain >= 0; got {self}")
+
+    def shape(self, drafter: Drafter, vocab_size: int) -> Drafter:
+        """The drafter with a tree that follows the text; ``drafter`` is ``Shaped``."""
+        file = None if self.path is None else TreeFile.read(self.path)
+        if file is not None:
+            file.refuse(drafter.name, vocab_size)
+        return Adaptive(drafter, self, file)
+
+
+class Adaptive:
+    """A drafter whose tree follows the text.
+
+    Args:
+        drafter: ``Shaped``; from now on this object gives it its trees.
+        settings: how.
+        file: to start from; None = the drafter's own tree, and costs that are measured.
+
+    Attributes:
+        choices: trees that it has changed to since it was made or reset, plain decoding included.
+        announce: told when a request waits for a measurement.
+
+    Raises:
+        ValueError: the drafter has no tree that can be exchanged.
+    """
+
+    def __init__(self, drafter: Drafter, settings: Adaptation | None = None, file: TreeFile | None = None) -> None:
+        if not isinstance(drafter, Shaped):
+            raise ValueError(f"drafter {drafter.name!r} has no tree of a fixed shape to adapt")
+        self.settings, self.file = settings or Adaptation(), file
+        self.drafter: Drafter = drafter
+        self.shaped: Shaped = drafter
+        self.name = f"{drafter.name}, adaptive tree"
+        if file is not None:
+            drafter.reshape(file.paths)
+        self.needs = replace(drafter.needs, max_nodes=max(self.settings.max_nodes, drafter.needs.max_nodes))
+        self.choices = 0
+        self.announce: Callable[[str], None] = _LOG.info
+        self._passes: dict[int, np.ndarray] = {}
+        self._plain, self._paths = False, list[tuple[int, ...]]()
+        self._began = self._drafting = 0.0
+        self._target: Target | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def fit(self, target: Target) -> str | None:
+        """Bind the drafter, and know how far its trees can reach."""
+        reason = self.drafter.fit(target)
+        if reason is not None:
+            return reason
+        shaped, settings = self.shaped, self.settings
+        if shaped.widest < 1:
+            return "a drafter whose tree can be exchanged as it is set up"
+        known = self._target is not None and self._target.model is target.model
+        if self._target is None:
+            self._initial = tuple(shaped.tree_paths)
+        self._target, self._is_chain = target, shaped.widest == 1
+        first = self._initial
+        self._depth = max(settings.max_depth, *map(len, first))
+        self._depth = min(self._depth, shaped.deepest or self._depth)
+        widest = 2 if self._is_chain else max(settings.max_width, 1 + max(path[-1] for path in first))
+        self._width = widest if self._is_chain else min(widest, shaped.widest)
+        self._limit = max(settings.max_nodes, len(first) + 1)
+        self.needs = replace(self.drafter.needs, max_nodes=max(self._limit, self.drafter.needs.max_nodes))
+        if known:
+            return None
+        self._prior = self._prior_rates()
+        self._passes.clear()
+        self._forget()
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            self.load_state_dict(saved)
+        return None
+
+    def _prior_rates(self) -> np.ndarray:
+        """float64 ``[D, R]``: the file's rates, or those that the drafter knows of itself, or a guess."""
+        known: Sequence[Sequence[float]] | None = None
+        if self.file is not None:
+            known = self.file.profile.rates
+        elif not self._is_chain:
+            known = getattr(self.drafter, "acceptance", None)
+        guess = np.array(_CHAIN_GUESS) if self._is_chain else _GUESS * np.arange(1.0, self._width + 1) ** -_FALL
+        if not known:
+            return np.tile(guess, (self._depth, 1))
+        rows = [np.asarray(row, float)[: self._width] for row in known]
+        # Ranks beyond those that are known fall as the guess does; levels beyond repeat the last one, a little worse.
+        rows = [np.append(row, row[-1] * guess[len(row) :] / guess[len(row) - 1]) for row in rows]
+        rows += [rows[-1] * 0.9**more for more in range(1, self._depth - len(rows) + 1)]
+        return np.stack(rows[: self._depth])
+
+    def _forget(self) -> None:
+        self._counts = AcceptanceCounts(self._depth, self._width, self._is_chain)
+        self._lengths = DraftLengths(self._depth)
+        self._recent: deque[StepCost] = deque(maxlen=_REMEMBERED)
+        self._steps = self.choices = 0
+        self._fitted: tuple[tuple[float, float, float], tuple[float, float]] = (0.0, 0.0, 0.0), (0.0, 0.0)
+        self._take(self._initial)
+
+    def start(self, state: DecodeState, prefill: Prefill) -> None:
+        """The drafter begins; where no file says what a pass costs, passes over such a batch are timed once."""
+        self.drafter.start(state, prefill)
+        rows = state.batch_size
+        if rows in self._passes:
+            return
+        if self.file is not None and rows == 1:
+            self._passes[rows] = self.file.costs.passes
+            return
+        target, context = self._target, state.context
+        assert target is not None and context is not None
+        compiled = graph_sizes(target)
+        begun = perf_counter()
+        sizes = sizes_up_to(self._limit, compiled, coarse=True)
+        times = pass_seconds(target, context, sizes, 5, self.drafter.needs.taps, _MEASURING_S)
+        self._passes[rows] = curve(times, stairs=compiled is not None)
+        self.announce(f"adaptive tree: timed passes of {len(sizes)} sizes in {perf_counter() - begun:.2f} s")
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        """The drafter's tree, or none while plain decoding promises more."""
+        self._began = perf_counter()
+        tree = root_only(state.root) if self._plain else self.drafter.propose(state)
+        self._drafting = perf_counter() - self._began
+        return tree
+
+    def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
+        """The drafter learns; walks and times are counted; every so many steps the tree is chosen anew."""
+        begun = perf_counter()
+        self.drafter.update(state, tree, verification)
+        now = perf_counter()
+        if not self._plain:
+            self._layout.count(verification, self._counts)
+            if self._is_chain:
+                self._lengths.add(verification, self._layout.length)
+        self._steps += 1
+        if self._fits_online(state):
+            depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
+            self._recent.append(StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began))
+        if self._steps % self.settings.interval == 0:
+            self._choose(state)
+
+    def _fits_online(self, state: DecodeState) -> bool:
+        return self.file is None or state.batch_size != 1
+
+    def _choose(self, state: DecodeState) -> None:
+        """Change the tree where another one promises more."""
+        settings = self.settings
+        profile, costs = self._profile(), self._costs(state)
+        fade = 0.5 ** (settings.interval / settings.half_life)
+        self._counts.decay(fade)
+        self._lengths.decay(fade)
+        assert self._target is not None
+        graphs = graph_sizes(self._target)
+        sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
+        best = choose(profile, costs, self._limit, self._depth, sizes)
+        now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
+        if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):
+            return
+        self.choices += 1
+        if best.rate * (1 + settings.gain) < 1 / costs.plain:
+            self._plain = True
+        else:
+            self._take(tuple(best.paths))
+
+    def _take(self, paths: Sequence[tuple[int, ...]]) -> None:
+        self._plain, self._paths = False, list(paths)
+        self.shaped.reshape(paths)
+        self._layout = Layout.of(paths, self._is_chain)
+
+    def _profile(self) -> Profile:
+        """What the drafter gets right lately."""
+        reached, strength = self._counts.reached, self.settings.strength
+        seen = (self._counts.taken.sum() + strength) / ((reached * self._prior).sum() + strength)
+        scaled = np.minimum(self._prior * np.clip(seen, *_SCALES), 0.98)
+        rates = self._counts.rates(scaled, strength).tolist()
+        if not self._is_chain:
+            return Profile(rates)
+        return Profile(rates, self._lengths.offered(), self._lengths.widths())
+
+    def _costs(self, state: DecodeState) -> Costs:
+        passes = self._passes[state.batch_size]
+        if not self._fits_online(state):
+            assert self.file is not None
+            return self.file.costs
+        # A fit takes about as long as a choice, and costs change slower than texts.
+        if self._recent and (self._steps // self.settings.interval) % _FIT_EVERY == 1:
+            self._fitted = fit_costs(self._recent, passes)
+        draft, rest = self._fitted
+        return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
+
+    def finish(self, state: DecodeState) -> None:
+        """The request is over; what was counted stays."""
+        self.drafter.finish(state)
+
+    def reset(self) -> None:
+        """The first tree, nothing counted; what passes cost is no text and stays known."""
+        self.drafter.reset()
+        self._saved = None
+        if self._target is not None:
+            self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """``drafter``: its own; ``adaptive``: the tree, the counts and the times, nothing before there is a target."""
+        saved: dict[str, Any] = {"drafter": self.drafter.state_dict()}
+        if self._target is None:
+            return saved if self._saved is None else dict(self._saved)
+        times = [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in self._recent]
+        saved["adaptive"] = {
+            "paths": [list(path) for path in self._paths],
+            "plain": self._plain,
+            "steps": self._steps,
+            "counts": self._counts.state_dict(),
+            "lengths": self._lengths.state_dict(),
+            "times": times,
+            "fitted": [*self._fitted[0], *self._fitted[1]],
+            "passes": {rows: seconds.tolist() for rows, seconds in self._passes.items()},
+        }
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: it is none of an adaptive tree, or of another drafter.
+        """
+        if "drafter" not in saved or not saved.keys() <= {"drafter", "adaptive"}:
+            raise ValueError(
+                f"expected the state of an adaptive tree (drafter, adaptive), got one with {sorted(saved)}"
+            )
+        if self._target is None:
+            self.drafter.load_state_dict(saved["drafter"])
+            self._saved = saved
+            return
+        self.drafter.load_state_dict(saved["drafter"])
+        own = saved.get("adaptive")
+        self._forget()
+        if own is None:
+            return
+        self._counts.load_state_dict(own["counts"])
+        self._lengths.load_state_dict(own["lengths"])
+        self._passes = {int(rows): np.array(seconds) for rows, seconds in own["passes"].items()}
+        self._recent.extend(StepCost(int(n), int(d), draft, whole) for n, d, draft, whole in own["times"])
+        draft_s, node_s, level_s, *rest = own["fitted"]
+        self._fitted = (draft_s, node_s, level_s), (rest[0], rest[1])
+        self._take([tuple(path) for path in own["paths"]])
+        self._plain, self._steps = own["plain"], own["steps"]

@@ -1,0 +1,237 @@
+"""Trees that follow the text: exact whatever they do, and doing what the rates and costs say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+import specdec
+from drafters.base import BaseDrafter
+from drafters.medusa import Medusa
+from drafters.none import NoDrafter
+from drafters.token_recycling import TokenRecycling
+from specdec import adaptive
+from specdec.adaptive import Adaptation, Adaptive
+from specdec.build import build_drafter
+from specdec.interfaces import DecodeState, Needs, Prefill, Verification
+from specdec.target import Target
+from specdec.templates import Template, chain_paths, kept_template
+from specdec.tree import TokenTree
+from specdec.tuning.choice import Costs, Profile, choose, expect
+from specdec.tuning.files import TreeFile
+from test_contract import check_cache, check_statistics, generate, model_of, plain_text, prompts
+
+WRAPPED = ("token_recycling", "medusa", "hydra_heads", "prompt_lookup", "kangaroo", "early_exit", "swift")
+SOON = Adaptation(interval=2, half_life=8, strength=2, gain=0.0, max_nodes=12, max_depth=4, max_width=4)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes cost a staircase, all else a little; nothing depends on the machine."""
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(adaptive, "perf_counter", lambda: 1e-3 * next(ticks))
+    monkeypatch.setattr(
+        adaptive, "pass_seconds", lambda _t, _c, sizes, *_: {size: 0.004 + 0.002 * (size // 5) for size in sizes}
+    )
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("name", "family", "batch"),
+    [*((name, "llama", 3) for name in WRAPPED), ("token_recycling", "gemma3_text", 1), ("medusa", "gpt2", 1)],
+)
+def test_greedy_text_is_the_targets_own(name: str, family: str, batch: int) -> None:
+    model, inputs = model_of(family), prompts(batch)
+    built = Adaptive(build_drafter(name), SOON)
+    sizes = set()
+    for _ in range(2):
+        output, trace = generate(model, built, inputs)
+        assert output.sequences.tolist() == plain_text(family, batch)
+        check_cache(model, inputs, output.sequences, trace)
+        check_statistics(output.speculation, trace)
+        sizes |= {step.tree.num_nodes for step in trace.steps if step.tree is not None}
+    assert max(sizes) <= built.needs.max_nodes
+    if built.shaped.widest > 1:
+        assert built.choices > 0, "the tree was exchanged on the way"
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("name", ["token_recycling", "medusa"])
+def test_sampled_text_equals_plain_decoding_with_the_same_seed(name: str) -> None:
+    model, inputs = model_of("llama"), prompts(3)
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "seed": 1}
+    reference, _ = generate(model, "none", inputs, acceptance="target_sampling", **settings)
+    output, _ = generate(model, Adaptive(build_drafter(name), SOON), inputs, acceptance="target_sampling", **settings)
+    assert output.sequences.tolist() == reference.sequences.tolist()
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("name", ["token_recycling", "prompt_lookup"])
+def test_reset_save_and_load(name: str) -> None:
+    model, inputs, other = model_of("llama"), prompts(3), prompts(1, seed=4)
+    built = Adaptive(build_drafter(name), SOON)
+    _, first = generate(model, built, inputs)
+    generate(model, built, other)
+    saved = copy.deepcopy(built.state_dict())
+    _, expected = generate(model, built, inputs)
+    built.reset()
+    _, again = generate(model, built, inputs)
+    assert again.proposals == first.proposals, "reset makes it as new"
+    restored = Adaptive(build_drafter(name), SOON)
+    restored.load_state_dict(saved)
+    _, got = generate(model, restored, inputs)
+    assert got.proposals == expected.proposals
+    assert restored.state_dict().keys() == {"drafter", "adaptive"}
+    for wrong in ({"foreign": 1}, {}):
+        with pytest.raises(ValueError, match="expected the state of an adaptive tree"):
+            built.load_state_dict(wrong)
+
+
+class Toy(BaseDrafter):
+    """Proposes nothing of use; the walks that it is told of are the test's."""
+
+    name, widest, deepest = "toy", 4, 6
+
+    def __init__(self) -> None:
+        self.needs = Needs(max_nodes=4)
+        self.reshape([(0,), (1,), (0, 0)])
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        return self.template.paths
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        self.template: Template = kept_template(tuple(map(tuple, paths)), torch.device("cpu"))
+
+    def propose(self, state: DecodeState) -> TokenTree:  # noqa: ARG002 - the protocol's signature
+        return TokenTree(torch.zeros(1, self.template.num_nodes, dtype=torch.int64), self.template.topology)
+
+
+class Bench:
+    """An adaptive tree with costs of its own, and texts of a known character."""
+
+    def __init__(self, costs: Costs, settings: Adaptation, rates: list[list[float]]) -> None:
+        file = TreeFile("toy", 9, [(0,), (1,), (0, 0)], Profile(rates), costs)
+        self.toy = Toy()
+        self.adaptive = Adaptive(self.toy, settings, file)
+        target: Any = type("Bare", (), {"compiled": None, "model": None})()
+        assert self.adaptive.fit(cast(Target, target)) is None
+        self.state: Any = type("State", (), {"batch_size": 1, "root": torch.zeros(1, dtype=torch.int64)})()
+        self.adaptive.start(self.state, cast(Prefill, None))
+        self.random = np.random.default_rng(0)
+
+    def text(self, rates: list[float], steps: int) -> list[int]:
+        """Decode: the child of rank r is right with ``rates[r]``; the tree sizes that were proposed."""
+        sizes = []
+        for _ in range(steps):
+            tree = self.adaptive.propose(self.state)
+            sizes.append(tree.num_nodes)
+            paths = [(), *(self.toy.template.paths if tree.num_nodes > 1 else [])]
+            end: tuple[int, ...] = ()
+            while (rank := int(self.random.choice(len(rates) + 1, p=[*rates, 1 - sum(rates)]))) < len(rates):
+                if (*end, rank) not in paths:
+                    break
+                end = (*end, rank)
+            path = [paths.index(end[:depth]) for depth in range(len(end) + 1)]
+            offered = tree.candidates_by_depth().tolist()
+            walk = Verification([path], [[0] * len(path)], [False], [False], torch.zeros(0), offered)
+            self.adaptive.update(self.state, tree, walk)
+        return sizes
+
+    def share_of_best(self, rates: list[float]) -> float:
+        """Tokens per second of the present tree on such a text, over those of the best one."""
+        truth, costs = Profile([rates] * 6), cast(TreeFile, self.adaptive.file).costs
+        return expect(self.toy.tree_paths, truth, costs).rate / choose(truth, costs, 32, 6).rate
+
+
+STAIRS = Costs(np.repeat([1.0, 1.1, 1.6, 3.0], 8), plain=1.0, draft=(0.05, 0.0, 0.0))
+PRIOR = [[0.5, 0.2, 0.1]] * 6
+
+
+def test_the_tree_follows_the_character_of_the_text() -> None:
+    settings = Adaptation(max_nodes=32, max_depth=6)
+    bench = Bench(STAIRS, settings, PRIOR)
+    copying = bench.text([0.95, 0.02], 160)
+    deep = max(map(len, bench.toy.tree_paths))
+    assert deep == 6, "text that is copied gets deep trees"
+    assert copying[-1] <= 16
+    assert bench.share_of_best([0.95, 0.02]) > 0.9
+    guessing = bench.text([0.3, 0.25, 0.2, 0.15], 320)
+    assert max(path[0] for path in bench.toy.tree_paths) >= 2, "text with many ways on gets wide ones"
+    assert bench.share_of_best([0.3, 0.25, 0.2, 0.15]) > 0.9
+    assert min(*copying, *guessing) > 1
+    assert bench.adaptive.choices < 40
+
+
+def test_plain_decoding_where_nothing_is_right_and_back() -> None:
+    costs = Costs(STAIRS.passes, plain=1.0, draft=(0.3, 0.0, 0.0))
+    bench = Bench(costs, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+    assert min(bench.text([0.7, 0.1], 200)) > 1
+    hopeless = bench.text([0.01, 0.0], 400)
+    assert sum(size == 1 for size in hopeless) > 200, "where nothing is right nothing is proposed"
+    again = bench.text([0.9, 0.02], 400)
+    assert again[-1] > 1, "what was given up is tried again"
+    assert bench.share_of_best([0.9, 0.02]) > 0.9
+
+
+def test_near_the_best_tree_on_a_steady_text() -> None:
+    for rates in ([0.6, 0.2, 0.05], [0.2, 0.1, 0.1], [0.4, 0.39, 0.0]):
+        bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+        bench.text(rates, 300)
+        assert bench.share_of_best(rates) > 0.95
+
+
+def test_the_files_tree_comes_first_and_stays_where_it_is_best() -> None:
+    flat = Costs(np.array([1.0, 1.0, 1.0, 1.0, *[9.0] * 28]), plain=1.0)
+    bench = Bench(flat, Adaptation(max_nodes=32), [[0.5, 0.2]] * 2)
+    assert set(bench.text([0.5, 0.2], 200)) == {4}
+    assert bench.adaptive.choices == 0
+
+
+def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 12, 32])
+    bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+    sizes = {*bench.text([0.7, 0.2], 150), *bench.text([0.3, 0.1], 150)}
+    assert sizes <= {4, 6, 12, 32}, "the file's tree of 4 comes first"
+    assert len(sizes) > 2
+
+
+@pytest.mark.usefixtures("clock")
+def test_costs_are_measured_once_per_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[int], Any]] = []
+
+    def timed(_target: Any, context: Any, sizes: list[int], *_: Any) -> dict[int, float]:
+        asked.append((sizes, len(context.lengths)))
+        return {size: 1.0 + size for size in sizes}
+
+    monkeypatch.setattr(adaptive, "pass_seconds", timed)
+    model, built = model_of("llama"), Adaptive(TokenRecycling(), Adaptation(max_nodes=40))
+    for batch in (1, 3, 1):
+        generate(model, built, prompts(batch))
+    assert asked == [([1, 4, 8, 16, 24, 32, 40], 1), ([1, 4, 8, 16, 24, 32, 40], 3)]
+    assert built.needs.max_nodes == 40
+
+
+def test_bad_settings_and_drafters(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"interval": 0}, {"max_nodes": 1}, {"max_nodes": 500}, {"half_life": 0}]
+    for wrong in settings:
+        with pytest.raises(ValueError, match="expected"):
+            Adaptation(**wrong)
+    with pytest.raises(ValueError, match="no tree of a fixed shape"):
+        Adaptive(NoDrafter())
+    path = tmp_path / "tree.yaml"
+    TreeFile("medusa", 97, chain_paths(2), Profile([[0.5]]), STAIRS).write(path)
+    with pytest.raises(ValueError, match="made for drafter 'medusa'"):
+        Adaptation(str(path)).shape(TokenRecycling(), 97)
+    assert Adaptation(str(path)).shape(Medusa(), 97).name == "medusa, adaptive tree"
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="can be exchanged as it is set up"):
+        specdec.speculate(
+            model, build_drafter("kangaroo", shape="top_k", num_draft_tokens=2, width=2, num_nodes=4), tree="adaptive"
+        )
