@@ -88,15 +88,19 @@ def gpu(
 
 def _point(subject: Subject, context: int, nodes: int, options: GpuOptions, bytes_per_second: float) -> dict[str, Any]:
     row: dict[str, Any] = {"context": context, "nodes": nodes}
-    steppers, kept = dict[str, Stepper](), 1
+    steppers, kept, length = dict[str, Stepper](), 1, context
     for name, modes in VARIANTS.items():
         try:
             stepper = Stepper(subject, 1, context, nodes, options.accepted, options.repeats + _WARM_UP, modes)
         except (ValueError, ImportError, NotImplementedError) as error:
             row[name] = f"{NOT_MEASURED}: {str(error).splitlines()[0]}"
             continue
-        steppers[name], kept = stepper, len(stepper.path)
-    raw = RawForward(subject, 1, context, nodes, kept)
+        if stepper.refused is not None:
+            row[name] = f"{NOT_MEASURED}: {stepper.refused}"
+            stepper.close()
+            continue
+        steppers[name], kept, length = stepper, len(stepper.path), stepper.length
+    raw = RawForward(subject, 1, length, nodes, kept)
     laps = {"raw_ms": raw.lap, **{name: stepper.lap for name, stepper in steppers.items()}}
     row |= {name: milliseconds(spent) for name, spent in in_turns(laps, options.repeats, _WARM_UP).items()}
     for stepper in steppers.values():

@@ -22,6 +22,7 @@ from specdec.bench.bandwidth import read_bandwidth
 from specdec.bench.clock import in_turns, milliseconds
 from specdec.bench.meter import held, request_peaks
 from specdec.bench.profiling import FORWARD, PARTS, profile
+from specdec.bench.records import NOT_MEASURED
 from specdec.bench.stepping import RawForward, Stepper, handle_of, request_of
 from specdec.bench.subjects import Subject
 from specdec.build import build_drafter, build_verifier
@@ -232,20 +233,21 @@ def _side_by_side(
 ) -> dict[str, Any]:
     """The raw forward and our step in each of its modes, in turns; ``point`` = (rows, context, nodes)."""
     rows, context, nodes = point
-    steppers, row, path = dict[str, Stepper](), dict[str, Any](), 1
+    steppers, row = dict[str, Stepper](), dict[str, Any]()
     for name, options in modes.items():
         stepper = Stepper(subject, rows, context, nodes, accepted, repeats + _WARM_UP, options)
-        compiled = stepper.handle.target.compiled
-        if compiled is not None and compiled.failure is not None:
-            row[f"{name}_failure"] = compiled.failure
+        if stepper.refused is not None:
+            row[f"{name}_failure"] = f"{NOT_MEASURED}: {stepper.refused}"
+            stepper.close()
             continue
-        steppers[name], path = stepper, len(stepper.path)
-    raw = RawForward(subject, rows, context, nodes, path)
+        steppers[name] = stepper
+    first = steppers["step"]
+    raw = RawForward(subject, rows, first.length, nodes, len(first.path))
     laps: dict[str, Callable[[], float]] = {"raw": raw.lap, **{name: s.lap for name, s in steppers.items()}}
     seconds = in_turns(laps, repeats, _WARM_UP)
     for stepper in steppers.values():
         stepper.close()
-    return row | {"emitted": path, **{f"{name}_ms": milliseconds(spent) for name, spent in seconds.items()}}
+    return row | {"emitted": len(first.path), **{f"{name}_ms": milliseconds(spent) for name, spent in seconds.items()}}
 
 
 @contextmanager

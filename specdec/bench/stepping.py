@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from specdec.bench.subjects import Subject
 from specdec.build import build, build_verifier, load, speculate
 from specdec.decoding import Request, decode
 from specdec.generation import Speculation, restore, speculation_of, using
-from specdec.interfaces import AcceptanceRule, DecodeState, Needs, Prefill, Verification, Walk
+from specdec.interfaces import AcceptanceRule, Context, DecodeState, Needs, Prefill, Verification, Walk
 from specdec.metrics import SpeculationStats
 from specdec.outputs import Recorder
 from specdec.target import Target
@@ -185,6 +187,20 @@ def handle_of(model: Any, drafter: Any, verifier: Any, modes: Mapping[str, Any])
     return handle
 
 
+@contextmanager
+def _listening(model: Any) -> Iterator[list[str]]:
+    """Collect the warnings that name the model: what it cannot do is told so. Others are passed on."""
+    refusals: list[str] = []
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        yield refusals
+    for warning in heard:
+        if type(model).__name__ in str(warning.message):
+            refusals.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 class Stepper:
     """Our step over a fixed tree, again and again: propose, verify (inputs, forward, acceptance), commit, keep, update.
 
@@ -199,6 +215,9 @@ class Stepper:
             tree, so that their K/V has to move.
         steps: how many will be taken at most.
         modes: further arguments of ``specdec.speculate``, such as ``compile``.
+
+    Attributes:
+        refused: why the model does not run in these modes, in the words of the warning that said so; usually None.
     """
 
     def __init__(
@@ -217,7 +236,15 @@ class Stepper:
         self.path = [node for node in template.topology.paths[0, last].tolist() if node >= 0]
         verifier = build_verifier("tree_attention")
         verifier.rule = Forced(build(load("acceptance", "greedy")), self.path)
-        self.handle = handle_of(subject.model, FixedTree(template), verifier, modes or {})
+        with _listening(subject.model) as refusals:
+            self.handle = handle_of(subject.model, FixedTree(template), verifier, modes or {})
+            self._open(rows, context, steps)
+        self.refused = refusals[0] if refusals else None
+
+    def _open(self, rows: int, context: int, steps: int) -> None:
+        """Begin a request behind so many tokens and take its first step."""
+        subject = self.subject
+        self._context: Context | None = None
         ids, cache = subject.ids(rows, context), subject.filled(rows, context - 1)
         options = {"max_new_tokens": (steps + 2) * len(self.path) + 2, "do_sample": False, "eos_token_id": None}
         request = request_of(
@@ -228,10 +255,17 @@ class Stepper:
         self.step()  # the prefill's token
         self.step()  # opens the cache
 
+    @property
+    def length(self) -> int:
+        """P now."""
+        assert self._context is not None
+        return self._context.lengths[0]
+
     def step(self) -> None:
         """Take one step."""
         with torch.no_grad():  # as within generate
-            next(self._steps)
+            state, _ = next(self._steps)
+        self._context = state.context
 
     def lap(self) -> float:
         """Seconds of one step."""
