@@ -35,7 +35,7 @@ def content(folder: Path) -> Any:
     return json.loads((folder / "bench.json").read_text())
 
 
-def test_every_section_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_section(tmp_path: Path) -> None:
     assert bench(*QUICK, f"output={tmp_path}") == 0
     made = content(tmp_path)
     assert list(made["sections"]) == list(SECTIONS)
@@ -58,14 +58,20 @@ def test_every_section_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {"step_demo", "growth_context", "growth_rows", "growth_nodes", "memory", "profile"} <= pictures
     assert page.count("<svg") == len(pictures)
     assert "http" not in page.replace("http://www.w3.org", ""), "needs no network"
-    capsys.readouterr()
 
-    assert bench(*QUICK, f"output={tmp_path}", "profile.steps=2", "small.profile.steps=2") == 0
+
+def test_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (*QUICK, "sections=[growth,gpu]", f"output={tmp_path}")
+    assert bench(*arguments) == 0
+    before = content(tmp_path)["sections"]
+    capsys.readouterr()
+    assert bench(*arguments, "small.gpu.nodes=[1,2,8]") == 0
     told = capsys.readouterr().err
-    assert told.count("finished before") == len(SECTIONS) - 1, "only the one whose options changed"
-    after = content(tmp_path)
-    assert after["sections"]["profile"] != made["sections"]["profile"]
-    assert after["sections"]["step"] == made["sections"]["step"]
+    assert "growth (1 of 2): finished before" in told
+    assert told.count("finished before") == 1, "the other one's options changed"
+    after = content(tmp_path)["sections"]
+    assert after["growth"] == before["growth"]
+    assert [row["nodes"] for row in after["gpu"]["rows"]] == [1, 2, 8]
 
 
 MISTAKES = {
