@@ -15,7 +15,7 @@ from rich.console import Console
 
 from specdec.bench.stepping import handle_of
 from specdec.bench.texts import GENERATE, PROMPT_LOOKUP, baseline, figures
-from specdec.build import build_drafter, build_verifier, load
+from specdec.build import build_drafter, build_verifier, choices, load
 from specdec.commands._session import Session
 from specdec.evaluation.data import Question, Selection, fingerprint
 from specdec.evaluation.methods import Batch, Method, Speculating
@@ -95,6 +95,11 @@ def _folder(output: Path, options: TextOptions) -> Path:
     return output / "end_to_end" / hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
+def _is_mode(key: str, value: Any) -> bool:
+    """Whether an option is for ``specdec.speculate``: a tree that is but a name may be one that the drafter knows."""
+    return key != "tree" or not isinstance(value, str) or bool(Path(value).suffix) or value in choices("tree")
+
+
 class _Methods:
     """Who is measured under a setting: the plain loop, transformers in both dtypes, drafters in their modes."""
 
@@ -128,8 +133,8 @@ class _Methods:
         name = given.get("name")
         if not isinstance(name, str):
             raise ValueError(f"expected drafters to be names or {{name: ..., option: ...}}, got {entry!r}")
-        modes = {key: given[key] for key in _MODES if key in given}
-        rest = {key: value for key, value in given.items() if key not in (*_NAMES, *_MODES)}
+        modes = {key: given[key] for key in _MODES if key in given and _is_mode(key, given[key])}
+        rest = {key: value for key, value in given.items() if key not in (*_NAMES, *modes)}
         method = self._speculating(str(given.get("label", name)), load("drafter", name, rest), modes)
         ids = self.session.loaded.encode("one two three one two three")
         method.generate(Batch(ids, torch.ones_like(ids)), {"max_new_tokens": 8, "do_sample": False})
