@@ -240,8 +240,10 @@ class Target:
 
     def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
         """Commit the nodes of each row's path: their K/V moves down to the first free slots, in place."""
-        longest = max(len(path) for path in paths)
-        if any(list(path) != list(range(len(path))) for path in paths):
+        rows = enumerate(zip(context.lengths, paths, strict=True))
+        moves = [(b, at + node, at + i) for b, (at, path) in rows for i, node in enumerate(path) if node != i]
+        if moves and not context.cache.move_on_host(moves):
+            longest = max(len(path) for path in paths)
             # Short rows are filled up with moves of a slot onto itself.
             source = [
                 [length + node for node in path] + [length + i for i in range(len(path), longest)]

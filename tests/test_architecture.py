@@ -22,7 +22,19 @@ MAX_FILE_LINES = 400
 LONGER_FILES: dict[str, str] = {}  # file -> why it may be longer
 
 # Parts of specdec above the core, lowest first: each may import what stands before it. All other modules are core.
-LAYERS = ("generation", "tuning", "adaptive", "build", "demo", "evaluation", "report", "training", "commands", "cli")
+LAYERS = (
+    "generation",
+    "tuning",
+    "adaptive",
+    "build",
+    "demo",
+    "evaluation",
+    "report",
+    "training",
+    "bench",
+    "commands",
+    "cli",
+)
 CONFIG_LIBRARIES = ("hydra", "omegaconf")
 CONFIG_DOOR = ("specdec.build", "specdec.cli", "specdec.commands")
 

@@ -6,7 +6,8 @@ the other modules of ``verifiers``, p and the stops from ``specdec.sampling``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from specdec.interfaces import AcceptanceRule, DecodeState, Tap, Verification
 from specdec.routing import FULL, Route
 from specdec.sampling import Group, Policy
+from specdec.selection import on_host
 from specdec.target import PassOutput, Target
 from specdec.tree import CANDIDATE, TokenTree, root_only
 from verifiers.acceptance import Greedy, TargetSampling
@@ -32,9 +34,9 @@ class TreeVerifier:
     def __init__(self, rule: AcceptanceRule | None = None) -> None:
         self.rule = rule
 
-    def first(self, target: Target, state: DecodeState, logits: Tensor) -> Verification:
+    def first(self, target: Target, state: DecodeState, logits: Tensor) -> Verification:  # noqa: ARG002 - the protocol
         """The token of the prefill, ``logits [B, V]``: a tree of which only the root has been computed."""
-        return self._decide(state, root_only(state.root), PassOutput(logits[:, None]), target.device)
+        return self._decide(state, root_only(state.root), PassOutput(logits[:, None]))
 
     def verify(self, target: Target, state: DecodeState, tree: TokenTree, taps: Sequence[Tap] = ()) -> Verification:
         """One pass over ``tree``, then acceptance and stop rules."""
@@ -42,13 +44,13 @@ class TreeVerifier:
         layer, states = tree.entry or (0, None)
         route = Route(lo=layer) if tree.entry else FULL
         output = target.run(state.context, tree, route=route, states=states, taps=taps)
-        return self._decide(state, tree, output, target.device)
+        return self._decide(state, tree, output)
 
-    def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput, device: torch.device) -> Verification:
+    def _decide(self, state: DecodeState, tree: TokenTree, output: PassOutput) -> Verification:
         policy = state.policy
         output.logits = output.logits.float()  # once, for the rule and for whoever learns from them
         rule = self._rule(policy, tree)
-        uniforms = policy.draw_ahead(tree.topology.max_depth + 1, device)
+        uniforms = policy.draw_ahead(tree.topology.max_depth + 1, tree.token_ids.device)
         if policy.vectorised:
             step = self._vectorised(rule, state, tree, output, uniforms)
         else:
@@ -90,25 +92,30 @@ class TreeVerifier:
             scores = policy.warp(output.logits)
             coins = policy.draw_coins(rule.num_coins(tree), scores.device)
             walk = rule.accept(tree, scores, uniforms, coins)
-            width = walk.path.shape[1]
-            wanted = [walk.path, walk.tokens, tree.candidates_by_depth()]
-            rows = torch.cat(wanted, dim=1).tolist()  # the step's one device-to-host synchronisation
+            rows = _fetch(walk.path, walk.tokens, tree.candidates_by_depth())
         late = policy.out_of_time()
         paths, tokens, finished, offered = [], [], [], []
-        for row, values in enumerate(rows):
+        for row, (path, following, counts) in enumerate(rows):
             if state.finished[row]:
                 emitted, stop = list[int](), True
             else:
-                length = next((i for i, node in enumerate(values[:width]) if node < 0), width)
-                emitted, stop = policy.cut(row, values[width : width + length])
-            paths.append(values[: len(emitted)])
+                emitted, stop = policy.cut(row, following[: path.index(-1)] if path[-1] < 0 else following)
+            paths.append(path[: len(emitted)])
             tokens.append(emitted)
             finished.append(stop or late)
-            offered.append(values[2 * width :])
+            offered.append(counts)
         kept = None
         if policy.wants_scores:
             kept = [scores[row, nodes].float() for row, nodes in enumerate(paths)]
         return Verification(paths, tokens, finished, list(state.finished), output.logits, offered, scores=kept)
+
+
+def _fetch(*parts: Tensor) -> Iterable[tuple[list[int], ...]]:
+    """Rows of several ``[B, m]`` as lists: the step's one device-to-host synchronisation."""
+    if on_host(parts[0]):
+        return zip(*(part.tolist() for part in parts), strict=True)
+    whole, ends = torch.cat(parts, dim=1).tolist(), [0, *accumulate(part.shape[1] for part in parts)]
+    return [tuple(row[start:end] for start, end in pairwise(ends)) for row in whole]
 
 
 def _walk_lazily(
