@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +113,8 @@ def _commit(state: DecodeState, step: Verification) -> None:
     state.finished = list(step.finished)
     if state.context is not None:
         state.context.budgets = [max(state.policy.max_new_tokens - count, 0) for count in state.emitted]
-    state.root = upload([out[-1] for out in state.policy.outputs], state.root.device)
+    newest = np.array([out[-1] for out in state.policy.outputs], dtype=np.int64)
+    state.root = upload(newest, state.root.device)
 
 
 def _open(target: Target, state: DecodeState, request: Request, outputs: Any, max_nodes: int) -> None:

@@ -109,7 +109,7 @@ class TreeTuner:
         target = self.handle.target
         if graph_sizes(target) is not None:
             # Only sizes that are graphs have a time of their own; the chosen tree will be one.
-            target.compile(plan.max_nodes, self._say)
+            target.use_graphs(plan.max_nodes, self._say)
         self.graphs = graph_sizes(target)
         context = session.loaded.context_length
         if context is not None and max(plan.contexts) + plan.max_nodes > context:
