@@ -115,7 +115,7 @@ class DraftModel(BaseDrafter):
             capabilities.check(draft)
         except ValueError as error:
             return f"a draft model that can run token trees; {error}"
-        self.follower = Follower(draft)
+        self.follower = Follower(draft, target)
         return None
 
     def _load(self, target: Target) -> Any:
@@ -134,7 +134,7 @@ class DraftModel(BaseDrafter):
         """The draft model reads the prompt."""
         assert self.follower is not None
         self._step = None
-        self.follower.open(state, prefill, self.shape.max_nodes)
+        self.follower.open(state, prefill, self.shape.max_nodes, self.shape.level)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """Grow one tree per row, no deeper than the token budget reaches; stopped rows propose nothing."""

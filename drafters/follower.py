@@ -27,23 +27,26 @@ class Follower:
 
     Args:
         target: the model that follows, seen as a ``Target`` (the wrapper, not the role).
+        leader: the target of the request; where its passes run as graphs, the follower's do.
     """
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, leader: Target) -> None:
+        self.target, self.leader = target, leader
         # Positions beyond it do not exist in models with a position table, and mean little in the others.
         self.limit: int = getattr(target.config, "max_position_embeddings", None) or 2**31
         self.context: Context | None = None
 
-    def open(self, state: DecodeState, prefill: Prefill, nodes: int) -> None:
+    def open(self, state: DecodeState, prefill: Prefill, nodes: int, level: int) -> None:
         """Read the prompt. A prompt without ids, or one beyond the model's positions, is not followed.
 
         Args:
             state: the request, its first token emitted.
             prefill: the prompt.
             nodes: most nodes of a tree, for which room is made.
+            level: most nodes of a level, for which graphs are made.
         """
         self.context = None
+        self._follow_graphs(level)
         columns = prefill.token_ids.shape[1]
         if columns == 0 or columns - min(prefill.padding) >= self.limit:
             return
@@ -59,6 +62,15 @@ class Follower:
         ids = torch.cat([ids, state.root.to(device)[:, None]], dim=1)
         reserve = min(state.policy.max_new_tokens, 512) + nodes + 1
         self.context = self.target.open(ids, outputs, kwargs, reserve, release=True)
+
+    def _follow_graphs(self, level: int) -> None:
+        graphs = self.leader.graphs
+        if graphs is None:
+            self.target.graphs = None
+        elif self.target.graphs is None:
+            compiling = None if graphs.compiler is None else graphs.announce
+            # The chain in front is seldom longer than a leaf and the bonus.
+            self.target.use_graphs(max(level, 2), compiling, graphs.capture is not None)
 
     def begin(self, state: DecodeState) -> Growth | None:
         """The tree of one step, nothing of it run yet; None where no row can be followed."""

@@ -54,6 +54,7 @@ class Shape(Protocol):
         depth: of its deepest node.
         max_nodes: of its largest tree, root included.
         widest: most children of a node.
+        level: most nodes that the draft model runs at once.
     """
 
     @property
@@ -64,6 +65,9 @@ class Shape(Protocol):
 
     @property
     def widest(self) -> int: ...
+
+    @property
+    def level(self) -> int: ...
 
     def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:
         """One tree per row.
@@ -114,6 +118,10 @@ class TopK:
 
     @property
     def widest(self) -> int:
+        return self.width
+
+    @property
+    def level(self) -> int:
         return self.width
 
     def _scored(self, depth: int) -> int:

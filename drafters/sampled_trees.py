@@ -13,6 +13,7 @@ Shapes: B rows, n nodes of a level, w nodes of the next one, k children of a nod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,6 +82,10 @@ class Branching:
     def widest(self) -> int:
         return max(self.branching)
 
+    @property
+    def level(self) -> int:
+        return math.prod(self.branching[:-1])
+
     def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:
         static = _static(self.branching[:depth], root.device)
         tokens, dead, laws = [root[:, None]], [torch.zeros_like(root, dtype=torch.bool)[:, None]], []
@@ -144,6 +149,10 @@ class Beam:
 
     @property
     def widest(self) -> int:
+        return self.width
+
+    @property
+    def level(self) -> int:
         return self.width
 
     def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:
@@ -228,6 +237,10 @@ class Chains:
 
     @property
     def widest(self) -> int:
+        return self.width
+
+    @property
+    def level(self) -> int:
         return self.width
 
     def grow(self, root: Tensor, passes: Passes, depth: int, uniforms: Uniforms | None) -> Grown:

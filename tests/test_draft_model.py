@@ -158,8 +158,9 @@ def test_no_token_is_computed_twice(shape: str) -> None:
     draft = relative("llama", 0.05)
     drafter = DraftModel(draft, shape, **SIZES)
     assert drafter.fit(Target(model)) is None
+    assert drafter.follower is not None
     target, expected = Counting(draft), [0]
-    follower = Follower(target)
+    follower = Follower(target, drafter.follower.leader)
 
     def begin(state: DecodeState) -> Any:
         growth = Follower.begin(follower, state)

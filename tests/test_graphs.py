@@ -411,3 +411,25 @@ def test_cuda_graphs(drafter: str, batch: int) -> None:
 def test_generated_code(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "inductor", generate_code)
     test_text_is_that_of_ordinary_passes(family, 3)
+
+
+def test_a_draft_model_follows_in_graphs_of_its_own(traced: list[PassShape]) -> None:
+    model, inputs = model_of("llama"), prompts(2)
+    expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist()
+    drafter: Any = build_drafter("draft_model", path=build("llama", seed=1), width=3, depth=3, num_nodes=8)
+    specdec.speculate(model, drafter, compile=True)
+    try:
+        assert model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist() == expected
+        own = drafter.follower.target.graphs
+        assert own is not None
+        assert not own.failures
+        assert own.buckets == [1, 3]
+        assert {shape.nodes for shape in traced} == {3, 9}, "levels of the draft, trees of the target"
+    finally:
+        specdec.restore(model)
+    specdec.speculate(model, drafter)
+    try:
+        assert model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist() == expected
+        assert drafter.follower.target.graphs is None
+    finally:
+        specdec.restore(model)
