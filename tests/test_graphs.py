@@ -243,11 +243,11 @@ def test_a_model_is_let_go() -> None:
     assert len(passes._MADE) == 0
 
 
-def one_layer(**changes: Any) -> Any:
+def one_layer(seed: int = 0, **changes: Any) -> Any:
     settings: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "pad_token_id": 0}
     config = AutoConfig.for_model("llama", **(settings | {"initializer_range": 0.5} | changes))
-    torch.manual_seed(changes.get("seed", 0))
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -44,7 +44,7 @@ class TracedLayer(CacheLayerMixin):
 
     def _written(self, store: Tensor, states: Tensor) -> Tensor:
         batch, heads, capacity, dim = store.shape
-        torch._check(self.span < capacity)
+        torch._check(self.span <= capacity)
         first = torch.arange(batch * heads, device=store.device).view(batch, heads, 1) * capacity
         rows = (first + self.slots.to(store.device)[:, None]).view(-1)
         store.view(-1, dim).index_copy_(0, rows, states.reshape(-1, dim).to(store.dtype))
