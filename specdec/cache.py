@@ -21,6 +21,7 @@ from specdec.selection import on_host
 
 _BUCKET = 128  # slots; slabs grow by whole buckets and never inside a pass
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as which numpy moves numbers of any dtype
+_SPARE = 64  # slots that no pass of a graph sees; as many as the seen ones grow by, so that their number stays round
 
 
 class _Slab:
@@ -141,15 +142,15 @@ class TreeCache(Cache):
             reserve: slots to have at least.
             release: let go of each prefilled layer once it is copied (nobody else holds the cache).
             for_graphs: a slab for every layer's keys and one for its values, since a compiled graph that writes into
-                tensors which share memory would copy all of it; and a last slot that nobody reads, for the nodes by
-                which a pass is padded.
+                tensors which share memory would copy all of it; and some last slots that nobody reads, for the nodes
+                by which a pass is padded.
         """
         self.columns = prefilled.get_seq_length()
         batch = prefilled.layers[0].keys.shape[0]
         real = torch.ones(batch, self.columns, dtype=torch.bool) if mask is None else mask
         self._real = [row.nonzero().squeeze(-1) for row in real]
         self.padding = [self.columns - len(columns) for columns in self._real]
-        self._spare = int(for_graphs)
+        self._spare = _SPARE if for_graphs else 0
         self.capacity = _bucket(max(reserve, self.columns) + self._spare)
         self.span, self.width = self.columns, 0
         self.slots: int | Tensor = 0
@@ -190,7 +191,7 @@ class TreeCache(Cache):
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` slots; called between passes only."""
-        if slots + self._spare <= self.capacity:
+        if slots <= self.usable:
             return
         self.capacity = _bucket(max(slots + self._spare, self.capacity + self.capacity // 2))
         for slab in self._slabs:
@@ -250,6 +251,11 @@ class TreeCache(Cache):
             values = torch.stack([layer.values[row, :, n - count : n] for row, n in enumerate(lengths)])
             assert target.is_initialized, f"layer {index} was released"
             target.update(keys, values)
+
+    @property
+    def usable(self) -> int:
+        """Slots that committed tokens and trees may lie in."""
+        return self.capacity - self._spare
 
     @property
     def nbytes(self) -> int:

@@ -134,9 +134,6 @@ def test_growing_texts_and_slabs_make_no_other_graph(batch: int, traced: list[Pa
     handle = speculation_of(model)
     handle.observers.append(lambda state, _: capacities.add(state.context.cache.capacity) if state.context else None)
     try:
-        for seed in (3, 4):
-            model.generate(**prompts(batch, seed), max_new_tokens=90, eos_token_id=None)
-        known = len(traced)
         for seed, new_tokens in ((5, 120), (6, 30), (7, 180)):
             model.generate(**prompts(batch, seed), max_new_tokens=new_tokens, eos_token_id=None)
             steps += handle.last.passes
@@ -147,15 +144,15 @@ def test_growing_texts_and_slabs_make_no_other_graph(batch: int, traced: list[Pa
         specdec.restore(model)
     assert steps > 100
     assert len(capacities) > 2
-    assert known == len(set(traced)) == len(traced) <= 3
     assert {shape.nodes for shape in traced} <= {1, 8, 20}
-    assert len(told) == 2 * known
+    assert len(set(traced)) == len(traced), "each is made once"
+    assert len(told) == 2 * len(traced)
 
 
 def _cramped(context: Any) -> Any:
     """A request whose slabs have to grow on the way."""
     cache = context.cache
-    cache.capacity = 128
+    cache.capacity = 128  # of which 64 are usable
     for slab in cache._slabs:
         slab.storage = slab.storage[:, :, :, :128].contiguous()
     for layer in cache.layers:
@@ -246,11 +243,11 @@ def test_a_model_is_let_go() -> None:
     assert len(passes._MADE) == 0
 
 
-def one_layer(**changes: Any) -> Any:
+def one_layer(seed: int = 0, **changes: Any) -> Any:
     settings: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None, "pad_token_id": 0}
     config = AutoConfig.for_model("llama", **(settings | {"initializer_range": 0.5} | changes))
-    torch.manual_seed(changes.get("seed", 0))
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

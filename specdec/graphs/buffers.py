@@ -67,7 +67,7 @@ class Buffers:
         token_ids, positions, slots: int64 ``[B, M]``.
         masks: attention kind -> ``[B, 1, M, C]``, additive.
         states: ``[B, M, H]``, or None.
-        capacity: C.
+        usable: most slots that a pass may see; graphs hold for K < C.
     """
 
     def __init__(self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int) -> None:
@@ -81,7 +81,7 @@ class Buffers:
         self.states = like.new_zeros(shape.batch, shape.nodes, hidden) if hidden else None
         self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
-        self.capacity = cache.capacity
+        self.usable = cache.usable
         self._reached = 0  # columns that some pass has made visible
 
     def fill(self, inputs: Mapping[str, Any], cache: TreeCache, states: Tensor | None) -> list[Tensor]:
@@ -101,8 +101,8 @@ class Buffers:
         else:
             self.slots[:, :nodes] = cache.slots
         if nodes < self.slots.shape[1]:
-            self.slots[:, nodes:] = self.capacity - 1
-        span = min(-(-cache.span // _SPAN) * _SPAN, self.capacity)
+            self.slots[:, nodes:] = cache.capacity - 1
+        span = -(-cache.span // _SPAN) * _SPAN
         masks = inputs["attention_mask"]
         for kind, whole in self.masks.items():
             mask = masks[kind] if isinstance(masks, dict) else masks
@@ -116,6 +116,7 @@ class Buffers:
 
     def tensors(self, span: int) -> list[Tensor]:
         """Everything the graph takes, for a pass that sees slots ``0..span-1``."""
+        assert span <= self.usable, "the last slots are nobody's"
         entering = [] if self.states is None else [self.states]
         start = [self.token_ids, self.positions, self.slots, self._extent[:span]]
         return [*start, *self.masks.values(), *entering, *self.slabs[0], *self.slabs[1]]

@@ -213,7 +213,7 @@ class GraphPasses:
         assert self.capture is not None
         buffers = self._views[shape][0]
         if run is None:
-            graph, tensors = self._graph(shape, buffers), buffers.tensors(buffers.capacity)
+            graph, tensors = self._graph(shape, buffers), buffers.tensors(buffers.usable)
             run = self.capture(lambda: graph(tensors))
             self._views[shape] = buffers, run
         return [output.clone() for output in run()]
