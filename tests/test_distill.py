@@ -377,6 +377,10 @@ def test_a_command_that_learns_asks_for_texts(tmp_path: Path) -> None:
 MISTAKES = {
     "no output": (["distill"], "output=answers.jsonl"),
     "no path": (["distill", "data=chat", "output=x"], "data=chat needs data.path=..."),
+    "no answers": (
+        ["distill", "data=chat", "data.path=PROMPTS", "output=x"],
+        "found none (prompts without answers are read by data=jsonl",
+    ),
     "no file": (["distill", "data=chat", "data.path=nowhere.jsonl", "output=x"], "no file of texts at nowhere.jsonl"),
     "no batch": (["distill", "output=x", "batch_size=0"], "batch_size to be a whole number of at least 1, got 0"),
     "no prompt": (["distill", "output=x", "prompt_tokens=a"], "prompt_tokens to be a whole number of at least 1"),
@@ -395,6 +399,7 @@ def test_a_mistake_is_named(
     monkeypatch.chdir(tmp_path)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("CHATS").write_text(json.dumps({"messages": talk}) + "\n")
+    Path("PROMPTS").write_text(json.dumps({"messages": talk[:1]}) + "\n")
     arguments, expected = MISTAKES[mistake]
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)

@@ -22,7 +22,8 @@ from pupils import LENGTH, OPTIONS, ResidualLesson, Rows, curve, target_of, trai
 from specdec.templates import best_first
 from specdec.training.callbacks import Told
 from specdec.training.features import CachedTexts, Frozen
-from specdec.training.trainer import DrafterTrainer, Scores, last_checkpoint, training_arguments
+from specdec.training.scores import Scores
+from specdec.training.trainer import DrafterTrainer, last_checkpoint, training_arguments
 
 SCRIPT = Path(__file__).with_name("pupils.py")
 
