@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,11 @@ from specdec.training.features import Frozen
 from specdec.training.scores import Even, Scores
 
 STATE = "trainer_state.json"
+# Names of before, which later releases of transformers warn of.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _FIGURES = ("hits", "counted")
 # What a run decides elsewhere, and where.
 _ELSEWHERE = {
@@ -65,7 +71,8 @@ def training_arguments(
         evaluates: whether there are held-out texts.
 
     Raises:
-        ValueError: an unknown option (names the closest), one that is set elsewhere, or a wrong value.
+        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
+            distributing that would cut up the drafter.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
@@ -84,11 +91,30 @@ def training_arguments(
         given["eval_strategy"] = "epoch" if options.get("save_strategy") == "epoch" else "steps"
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
-    arguments = TrainingArguments(**given | dict(options))
+    given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
+    _refuse_sharding("FSDP", given.get("fsdp") or given.get("fsdp_config") or _environment("ACCELERATE_USE_FSDP"))
+    arguments = TrainingArguments(**given)
+    stage = getattr(getattr(arguments, "deepspeed_plugin", None), "zero_stage", 0)
+    _refuse_sharding("ZeRO-3", stage == 3 or _environment("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
         arguments._n_gpu = 1
     return arguments
+
+
+def _environment(name: str) -> str:
+    """What ``accelerate launch`` has set; empty where it has not."""
+    value = os.environ.get(name, "").lower()
+    return "" if value in ("0", "false", "no") else value
+
+
+def _refuse_sharding(name: str, wanted: Any) -> None:
+    if wanted:
+        raise ValueError(
+            f"{name} would cut up the drafter, which is small, and not the target, which is not trained; "
+            "expected plain torchrun (each process trains a whole drafter), DeepSpeed up to ZeRO-2, or for a target "
+            "that is too large for one device target.device_map=auto in a single process"
+        )
 
 
 class DrafterTrainer(Trainer):
@@ -133,7 +159,6 @@ class DrafterTrainer(Trainer):
             eval_dataset=held_out,
             callbacks=[*callbacks, _Steps(lesson)],
         )
-        self._refuse_sharding()
         if _recomputes(arguments):
             _let_recompute(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
@@ -194,7 +219,7 @@ class DrafterTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         self.scores.reduce(self.accelerator)
         rates = self.scores.rates()
-        self._judged = self.state.global_step, rates
+        self._judged = self.reached, rates
         output.metrics.update({f"{metric_key_prefix}_{name}": rate for name, rate in rates.items()})
         return output
 
@@ -276,16 +301,6 @@ class DrafterTrainer(Trainer):
             return self.args.max_steps
         in_epoch = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
         return math.ceil(self.args.num_train_epochs * in_epoch)
-
-    def _refuse_sharding(self) -> None:
-        stage = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0)
-        name = "FSDP" if self.is_fsdp_enabled else "ZeRO-3" if stage == 3 else None
-        if name is not None:
-            raise ValueError(
-                f"{name} would cut up the drafter, which is small, and not the target, which is no part of what is "
-                "trained; expected plain torchrun (each process trains a whole drafter), DeepSpeed up to ZeRO-2, or "
-                "for a target that is too large for one device target.device_map=auto in a single process"
-            )
 
 
 def _recomputes(arguments: TrainingArguments) -> bool:
