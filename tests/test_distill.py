@@ -185,9 +185,14 @@ def test_another_configuration_is_refused(tmp_path: Path, asked: list[str], caps
     assert len(lines(output)) == 1
     assert distill(*run, "max_new_tokens=9", "overwrite=true") == 0
     assert len(lines(output)) == 1
-    output.with_name("answers.jsonl.provenance.json").unlink()
+    output.with_name("answers.jsonl.provenance.json").write_text("{}")
     assert distill(*run) == 2
-    assert "holds lines without their answers.jsonl.provenance.json" in capsys.readouterr().err
+    assert "answers.jsonl.provenance.json is no provenance of answers" in capsys.readouterr().err
+    output.with_name("answers.jsonl.provenance.json").unlink()
+    for option in ("overwrite=false", "overwrite=true"):
+        assert distill(*run, option) == 2
+        assert "holds lines without their answers.jsonl.provenance.json" in capsys.readouterr().err
+    assert len(lines(output)) == 1, "they may be anybody's"
 
 
 def test_shards_write_files_of_their_own(tmp_path: Path, asked: list[str]) -> None:

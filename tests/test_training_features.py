@@ -203,6 +203,15 @@ def test_others_states_are_refused(tmp_path: Path) -> None:
     assert anew.missing == [0]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows_per_shard": "3"}'])
+def test_an_index_of_something_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="index.json is no index of states; use another features.path=FOLDER"):
+            CachedTexts(Rows(7), Frozen(target_of(), TAPS), tmp_path, overwrite=overwrite)
+    assert (tmp_path / "index.json").read_text() == content
+
+
 def test_a_fingerprint_knows_a_model_from_its_finetune() -> None:
     target = target_of()
     first = fingerprint(target)

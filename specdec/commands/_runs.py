@@ -19,6 +19,7 @@ from specdec.evaluation.store import differences
 CONFIG, METRICS, LOSSES, DRAFTER, PROVENANCE = "config.yaml", "metrics.json", "log.jsonl", "drafter", "provenance.json"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 _MARK = "texts_fingerprint"  # in the config of every training, and of nothing else
+PROCESSES = "processes"  # a batch has so many parts
 # What may differ between two starts of one run, and how long it lasts.
 _VOLATILE = ("output", "overwrite", "resume", "threads", "features", "layout")
 _LASTS = ("max_steps", "num_train_epochs")
@@ -29,7 +30,7 @@ def claim(folder: Path, resolved: Mapping[str, Any]) -> bool:
 
     Args:
         folder: to be.
-        resolved: the config, with the fingerprint of the texts.
+        resolved: the config, with the fingerprint of the texts and the number of processes.
 
     Returns:
         whether the run is finished already; as long as it has this length, nothing is to be done.
@@ -109,7 +110,7 @@ def _checkpoints(folder: Path) -> list[str]:
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run this one; how long it lasts does not, so that it can be extended."""
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    kept = {PROCESSES: 1} | {key: value for key, value in config.items() if key not in _VOLATILE}
     trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in _LASTS}
     return kept | {"trainer": trainer}
 

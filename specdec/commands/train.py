@@ -34,7 +34,7 @@ from specdec.build import build_drafter, build_verifier, choices, load
 from specdec.checkpoints import CONFIG as DRAFTER_CONFIG
 from specdec.commands import _runs
 from specdec.commands._data import choice
-from specdec.commands._runs import DRAFTER, LOSSES, METRICS
+from specdec.commands._runs import DRAFTER, LOSSES, METRICS, PROCESSES
 from specdec.commands._session import Session
 from specdec.commands._texts import Texts, check_features, check_length, texts_of, with_states
 from specdec.evaluation.provenance import now, provenance
@@ -126,6 +126,10 @@ def _prepared(
 
     if processes > 1 and _in_sweep():
         raise ValueError("a sweep trains in one process, one run after the other; start several processes for each run")
+    if processes > 1 and OmegaConf.select(config, "target.device_map") is not None:
+        raise ValueError(
+            "target.device_map spreads one target over devices; of several processes each has its own target"
+        )
     drafter = _trainable(config)
     if processes > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # the target's too
@@ -144,7 +148,7 @@ def _prepared(
         with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
             drafter.save(Path(scratch), settings["layout"])
     texts = texts_of(config, session, console)
-    resolved = {**settings, "texts_fingerprint": texts.fingerprint}
+    resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
     return pupil, frozen, texts, arguments, Run(folder, None, said, console)
 
@@ -165,6 +169,8 @@ def _claimed(this: Run, config: DictConfig) -> tuple[bool, str | None]:
         this.say(
             f"goes on from {checkpoint}" if checkpoint else "starts from the beginning: there is no checkpoint yet"
         )
+    if checkpoint is not None and (this.said["config"]["trainer"] or {}).get("save_only_model"):
+        this.say("without the optimizer's state (trainer.save_only_model=true): its losses will differ for a while")
     return False, None if checkpoint is None else str(checkpoint)
 
 
