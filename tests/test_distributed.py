@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pupils import ResidualLesson, Rows, target_of
 from specdec import cli
+from specdec.build import config_dir
+from specdec.commands import train
 from specdec.training import objectives, ranks
 from specdec.training.features import Frozen
 from specdec.training.ranks import Ranks
@@ -152,6 +156,20 @@ def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
     assert scores[0].rates() == pytest.approx(scores[1].rates())
     assert scores[0].acceptance() == scores[1].acceptance()
     assert rows[0]["wanted"].any(), "a copy was emptied"
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("target.device_map=auto", "of several processes each has its own target"),
+        ("trainer.fsdp=full_shard", "FSDP would cut up the drafter"),
+    ],
+)
+def test_what_several_processes_cannot_do(option: str, expected: str, tmp_path: Path) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("train", overrides=[*TRAIN, "data.path=x", f"output={tmp_path}", f"++{option}"])
+    with pytest.raises(ValueError, match=expected):
+        train._prepared(config, tmp_path, 2, Console(quiet=True))
 
 
 def write_chats(path: Path) -> None:

@@ -25,6 +25,7 @@ from specdec.build import build, build_drafter, choices, config_dir
 from specdec.commands import train
 from specdec.loading import demo_target
 from specdec.target import Target
+from specdec.training import features
 from specdec.training.trainer import DrafterTrainer
 
 TRAINING = [
@@ -290,6 +291,29 @@ def test_control_c_can_be_gone_on_from(
     assert losses(output) == losses(whole)
     ours, theirs = (torch.load(folder / "drafter" / "weights.pt", weights_only=True) for folder in (output, whole))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.usefixtures("pupil")
+def test_control_c_while_states_are_made(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = features.write_shard
+
+    def pressed(path: Path, tensors: Any) -> None:
+        if "00001" in path.name:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(features, "write_shard", pressed)
+    states = ("features.mode=cached", f"features.path={tmp_path / 'states'}", "features.shard_mb=0.2")
+    arguments = (*SMALL, f"data.path={chats}", f"output={tmp_path / 'run'}", *states)
+    assert run(*arguments) == 130
+    assert "interrupted; the same command goes on with the target's states" in capsys.readouterr().err
+    shard = tmp_path / "states" / "train" / "shard-00000.safetensors"
+    made = shard.stat().st_mtime_ns
+    monkeypatch.setattr(features, "write_shard", write)
+    assert run(*arguments) == 0
+    assert shard.stat().st_mtime_ns == made
 
 
 @pytest.mark.usefixtures("pupil")

@@ -103,13 +103,18 @@ def run(config: DictConfig) -> float | int | None:
     done, checkpoint = ranks.share(claimed)
     if done:
         return _result(_runs.finished(this.folder))
-    for mine in (ranks.is_first, not ranks.is_first):  # the first one makes what the others find
-        with ranks.together():
-            if mine:
-                batch = arguments.per_device_eval_batch_size
-                texts = with_states(texts, frozen, this.said["config"]["features"], batch, console)
     this = replace(this, checkpoint=None if checkpoint is None else Path(checkpoint))
-    metrics = _train(pupil, frozen, texts, arguments, this)
+    try:
+        for mine in (ranks.is_first, not ranks.is_first):  # the first one makes what the others find
+            with ranks.together():
+                if mine:
+                    batch = arguments.per_device_eval_batch_size
+                    texts = with_states(texts, frozen, this.said["config"]["features"], batch, console)
+    except KeyboardInterrupt:
+        this.say("interrupted; the same command goes on with the target's states from where it stopped")
+        metrics = None
+    else:
+        metrics = _train(pupil, frozen, texts, arguments, this)
     if metrics is None:
         if _in_sweep():
             raise KeyboardInterrupt
@@ -209,6 +214,7 @@ def _keep(pupil: Pupil, checkpoint: Path, layout: str, acceptance: list[list[flo
         made = Path(scratch) / DRAFTER
         pupil.save(made, layout, acceptance)
         shutil.copyfile(checkpoint / _runs.PROVENANCE, made / _runs.PROVENANCE)
+        shutil.rmtree(checkpoint / DRAFTER, ignore_errors=True)
         made.replace(checkpoint / DRAFTER)
 
 

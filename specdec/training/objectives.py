@@ -87,8 +87,8 @@ def hits(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
 
 @contextmanager
 def over_processes(mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block the losses of ``learnt`` are such that their mean over the processes of a distributed run is the
-    loss of all their batches taken together, however many tokens are wanted in each.
+    """Within the block losses are such that their mean over the processes of a distributed run is the loss of all their
+    batches taken together, however many tokens are wanted in each: those of ``learnt``, and what ``shared`` is given.
 
     Args:
         mean: a tensor's mean over the processes.
@@ -98,6 +98,21 @@ def over_processes(mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _MEAN.reset(token)
+
+
+def shared(losses: Tensor, counts: Tensor) -> Tensor:
+    """Means over positions of this process, weighed by its share of all processes' positions; unchanged where one
+    process trains. For terms of a loss that ``learnt`` does not see.
+
+    Args:
+        losses: ``[...]``.
+        counts: ``[...]``, of how many positions each is the mean.
+    """
+    mean = _MEAN.get()
+    if mean is None:
+        return losses
+    here = counts.to(losses.dtype)
+    return losses * (here / mean(here).clamp(min=torch.finfo(losses.dtype).tiny))
 
 
 def learnt(
@@ -112,8 +127,5 @@ def learnt(
         counted: K of the masks ``where``.
     """
     counts = torch.stack([where.sum() for where in counted])
-    parts, mean = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]), _MEAN.get()
-    if mean is not None:
-        here = counts.to(parts.dtype)
-        parts = parts * (here / mean(here).clamp(min=torch.finfo(parts.dtype).tiny))
-    return {"loss": parts.sum(), "hits": torch.stack(list(found)), "counted": counts}
+    parts = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)])
+    return {"loss": shared(parts, counts).sum(), "hits": torch.stack(list(found)), "counted": counts}
