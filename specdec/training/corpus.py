@@ -26,6 +26,7 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
 }
+_NO_ANSWER = "expected an assistant turn, got none"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 
 
@@ -88,12 +89,7 @@ def chat(path: str | Sequence[str]) -> Corpus:
         FileNotFoundError: there is no such file.
         ValueError: an empty file, or no assistant turn in any of its lines.
     """
-    return _read(
-        _files(path),
-        lambda record: _document(record, "text", needs_prompt=True),
-        "an assistant turn",
-        " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)",
-    )
+    return _read(_files(path), lambda record: _document(record, "text", needs_prompt=True), "an assistant turn")
 
 
 def text(path: str | Sequence[str], field: str = "text", sample_by: str = "document") -> Corpus:
@@ -166,8 +162,8 @@ def _files(path: str | Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str, hint: str = "") -> Corpus:
-    """The documents of JSON files; what ``make`` refuses is left out and named, ``hint`` where nothing is left."""
+def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str) -> Corpus:
+    """The documents of JSON files; what ``make`` refuses is left out and named."""
     documents, skipped = list[Document](), list[str]()
     for file in files:
         before, bad = len(documents), len(skipped)
@@ -179,8 +175,10 @@ def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str, h
         if len(documents) == before and len(skipped) == bad:
             raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
     if not documents:
+        prompts = any(reason.endswith(_NO_ANSWER) for reason in skipped)
+        hint = " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)"
         raise ValueError(
-            f"expected {wanted} in at least one of {len(skipped)} lines, found none{hint}. The first: {skipped[0]}"
+            f"expected {wanted} in at least one of {len(skipped)} lines, found none{hint if prompts else ''}. The first: {skipped[0]}"
         )
     return Corpus(documents, skipped)
 
@@ -258,7 +256,7 @@ def _messages(record: Mapping[str, Any]) -> tuple[Message, ...]:
         _check_encodable(content)
         messages.append({"role": roles[role], "content": content})
     if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("expected an assistant turn, got none")
+        raise ValueError(_NO_ANSWER)
     return tuple(messages)
 
 
