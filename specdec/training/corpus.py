@@ -175,11 +175,10 @@ def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str) -
         if len(documents) == before and len(skipped) == bad:
             raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
     if not documents:
-        prompts = any(reason.endswith(_NO_ANSWER) for reason in skipped)
-        hint = " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)"
-        raise ValueError(
-            f"expected {wanted} in at least one of {len(skipped)} lines, found none{hint if prompts else ''}. The first: {skipped[0]}"
-        )
+        found = "found none"
+        if any(reason.endswith(_NO_ANSWER) for reason in skipped):
+            found += " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)"
+        raise ValueError(f"expected {wanted} in at least one of {len(skipped)} lines, {found}. The first: {skipped[0]}")
     return Corpus(documents, skipped)
 
 
