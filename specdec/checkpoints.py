@@ -7,13 +7,14 @@ read with ``weights_only=True``: one that needs more than tensors is refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,17 @@ WEIGHTS = "model.safetensors"
 BASE = "base_model_name_or_path"
 DEMO_NAME = "specdec/demo/target"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object",
+    list[list[float]]: "a list of lists of numbers, none of them empty",
+}
+_NEEDED: Any = object()
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/[^/]+$")  # of the hub's cache
+Kind = TypeVar("Kind")
 
 
 class Checkpoint:
@@ -48,6 +60,45 @@ class Checkpoint:
         self.place = place
         self.in_whole_model = bool(beside)
         self.ignored = [f"{name} (of the whole model, not of the drafter)" for name in beside]
+
+    @overload
+    def setting(self, key: str, kind: type[Kind], default: None, *, least: float | None = None) -> Kind | None: ...
+
+    @overload
+    def setting(self, key: str, kind: type[Kind], default: Kind = ..., *, least: float | None = None) -> Kind: ...
+
+    def setting(self, key: str, kind: Any, default: Any = _NEEDED, *, least: float | None = None) -> Any:
+        """An entry of the config, checked: anybody may have written it.
+
+        Args:
+            key: its name; ``outer.inner`` is an entry of an entry.
+            kind: ``int``, ``float`` (whole numbers become one), ``str``, ``bool``, ``dict`` or ``list[list[float]]``,
+                which is ``[K][R]`` with K >= 1 and every R >= 1.
+            default: where the config has no such entry; without one there must be. With None, ``null`` is read as none.
+            least: a number must not be below.
+
+        Raises:
+            ValueError: there is none, or of another kind; names file, key, what was got and what was expected.
+        """
+        what = _KINDS[kind] + (f" of at least {least}" if least is not None else "")
+        value: Any = self.config
+        for number, part in enumerate(parts := key.split(".")):
+            if not isinstance(value, Mapping):
+                where = ".".join(parts[:number])
+                raise ValueError(f"{self.place}: expected {where!r} in its {CONFIG} to be an object, got {value!r:.60}")
+            if part not in value:
+                if default is _NEEDED:
+                    raise ValueError(f"{self.place}: expected {key!r} in its {CONFIG}, {what}; got none")
+                return default
+            value = value[part]
+        if value is None and default is None:
+            return None
+        fits = _is(value, kind)
+        if not fits or (least is not None and value < least):
+            raise ValueError(f"{self.place}: expected {key!r} in its {CONFIG} to be {what}, got {value!r:.60}")
+        if kind is float:
+            return float(value)
+        return [[float(number) for number in row] for row in value] if kind == list[list[float]] else value
 
     @property
     def keys(self) -> list[str]:
@@ -129,7 +180,7 @@ def read(
 
     Raises:
         FileNotFoundError: no such folder or weights; lists what there is.
-        ValueError: a file that is truncated or holds more than tensors.
+        ValueError: a file that is truncated or holds more than tensors, or a config that is no JSON object.
     """
     place = Path(path).expanduser()
     if not place.exists():
@@ -143,8 +194,7 @@ def read(
         found, others = _tensors(part, within_model)
         weights |= found
         beside += others
-    config = folder / CONFIG
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = _object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return Checkpoint(weights, settings, path, beside)
 
 
@@ -167,7 +217,7 @@ def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any],
 def base_of(target: Target) -> dict[str, Any]:
     """What a saved drafter remembers of the target that it was trained for."""
     # Of the embedded target no folder of this machine.
-    name = DEMO_NAME if is_demo(target.model) else getattr(target.model.config, "_name_or_path", "")
+    name = DEMO_NAME if is_demo(target.model) else _known_as(getattr(target.model.config, "_name_or_path", ""))
     return {
         BASE: name,
         "base_hidden_size": target.hidden_size,
@@ -179,13 +229,14 @@ def base_of(target: Target) -> dict[str, Any]:
 def why_other_base(config: Mapping[str, Any], target: Target) -> str | None:
     """Why a checkpoint with this config is not for this target; None where it may be.
 
-    Compares what the config states: sizes, and the last part of the base model's name (folders are moved).
+    Compares what the config states: sizes, and the last part of the base model's name (folders are moved, and those of
+    the hub's cache go by the name of their repository).
     """
     base, ours = config.get(BASE), base_of(target)
     for key in ("base_hidden_size", "base_vocab_size", "base_num_layers"):
         if key in config and config[key] != ours[key]:
             name = key.removeprefix("base_")
-            return f"a checkpoint for this model; this one is for {base} with {name}={config[key]}, not {ours[key]}"
+            return f"a checkpoint for this model; this one is for {base} with {name}={config[key]!r}, not {ours[key]}"
     if isinstance(base, str) and base and ours[BASE] and _stem(base) != _stem(ours[BASE]):
         return (
             f"a checkpoint for {ours[BASE]}; this one is for {base} (if they are the same model, change {BASE} in its "
@@ -195,7 +246,41 @@ def why_other_base(config: Mapping[str, Any], target: Target) -> str | None:
 
 
 def _stem(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+    return os.path.basename(os.path.abspath(os.path.expanduser(_known_as(name)))).lower()
+
+
+def _known_as(name: str) -> str:
+    """A folder of the hub's cache by its repository's id; what depends on where one stands, as a whole path."""
+    bare = name.rstrip("/")
+    snapshot = _SNAPSHOT.search(bare)
+    if snapshot:
+        return snapshot[1].replace("--", "/")
+    return os.path.abspath(bare) if bare.startswith(".") else bare
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a kind; booleans are no numbers, nor is what has no place on the line of them."""
+    if kind == list[list[float]]:
+        rows = isinstance(value, list) and value and all(isinstance(row, list) and row for row in value)
+        return bool(rows) and all(_is(number, float) for row in value for number in row)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _parts(folder: Path, files: Sequence[str], within_model: str | None) -> tuple[list[Path], list[str]]:
@@ -205,7 +290,9 @@ def _parts(folder: Path, files: Sequence[str], within_model: str | None) -> tupl
             return [folder / name], []
     for name in _INDICES:
         if (folder / name).is_file():
-            file_of = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+            file_of = _object(folder / name).get("weight_map")
+            if not isinstance(file_of, dict) or not all(isinstance(part, str) for part in file_of.values()):
+                raise ValueError(f"{folder / name}: expected a weight_map, tensor to file; got {file_of!r:.60}")
             wanted = {file_of[key] for key in _wanted(file_of, within_model)}
             return [folder / part for part in sorted(wanted)], [key for key in file_of if file_of[key] not in wanted]
     there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"

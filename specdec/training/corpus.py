@@ -26,6 +26,7 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
 }
+_NO_ANSWER = "expected an assistant turn, got none"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json")
 
 
@@ -174,9 +175,10 @@ def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str) -
         if len(documents) == before and len(skipped) == bad:
             raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
     if not documents:
-        raise ValueError(
-            f"expected {wanted} in at least one of {len(skipped)} lines, found none. The first: {skipped[0]}"
-        )
+        found = "found none"
+        if any(reason.endswith(_NO_ANSWER) for reason in skipped):
+            found += " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)"
+        raise ValueError(f"expected {wanted} in at least one of {len(skipped)} lines, {found}. The first: {skipped[0]}")
     return Corpus(documents, skipped)
 
 
@@ -253,7 +255,7 @@ def _messages(record: Mapping[str, Any]) -> tuple[Message, ...]:
         _check_encodable(content)
         messages.append({"role": roles[role], "content": content})
     if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("expected an assistant turn, got none")
+        raise ValueError(_NO_ANSWER)
     return tuple(messages)
 
 
