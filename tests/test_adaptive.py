@@ -15,6 +15,7 @@ import specdec
 from drafters.base import BaseDrafter
 from drafters.medusa import Medusa
 from drafters.none import NoDrafter
+from drafters.suffix_automaton import SamDecoding
 from drafters.token_recycling import TokenRecycling
 from specdec import adaptive
 from specdec.adaptive import Adaptation, Adaptive
@@ -91,6 +92,18 @@ def test_reset_save_and_load(name: str) -> None:
     for wrong in ({"foreign": 1}, {}):
         with pytest.raises(ValueError, match="expected the state of an adaptive tree"):
             built.load_state_dict(wrong)
+
+
+@pytest.mark.usefixtures("clock")
+def test_beside_another_drafter() -> None:
+    """It is shown trees that are in part another's, whose nodes it must not take for its own."""
+    model, inputs = model_of("llama"), prompts(3)
+    built = SamDecoding(auxiliary=Adaptive(TokenRecycling(), SOON), auxiliary_below=2)
+    for _ in range(2):
+        output, trace = generate(model, built, inputs)
+        assert output.sequences.tolist() == plain_text("llama", 3)
+    sources = {step.tree.sources for step in trace.steps if step.tree is not None}
+    assert ("suffix_automaton", "token_recycling") in sources
 
 
 class Toy(BaseDrafter):
