@@ -207,6 +207,18 @@ def test_the_files_tree_comes_first_and_stays_where_it_is_best() -> None:
     assert bench.adaptive.choices == 0
 
 
+def test_walks_through_trees_of_others_do_not_count() -> None:
+    bench = Bench(STAIRS, Adaptation(), PRIOR)
+    bench.text([0.5], 3)
+    counted = bench.adaptive._counts.steps
+    own = bench.adaptive.propose(bench.state)
+    walk = Verification([[0, 1]], [[0, 0]], [False], [False], torch.zeros(0), [[2, 1]])
+    bench.adaptive.update(bench.state, copy.copy(own), walk)
+    assert bench.adaptive._counts.steps == counted == 3
+    bench.adaptive.update(bench.state, own, walk)
+    assert bench.adaptive._counts.steps == 4
+
+
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 12, 32])
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
