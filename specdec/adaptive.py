@@ -119,6 +119,7 @@ class Adaptive:
         self._passes: dict[int, np.ndarray] = {}
         self._plain, self._paths = False, list[tuple[int, ...]]()
         self._began = self._drafting = 0.0
+        self._proposed: TokenTree | None = None
         self._target: Target | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -196,7 +197,7 @@ class Adaptive:
     def propose(self, state: DecodeState) -> TokenTree:
         """The drafter's tree, or none while plain decoding promises more."""
         self._began = perf_counter()
-        tree = root_only(state.root) if self._plain else self.drafter.propose(state)
+        tree = self._proposed = root_only(state.root) if self._plain else self.drafter.propose(state)
         self._drafting = perf_counter() - self._began
         return tree
 
@@ -205,7 +206,7 @@ class Adaptive:
         begun = perf_counter()
         self.drafter.update(state, tree, verification)
         now = perf_counter()
-        if not self._plain:
+        if not self._plain and tree is self._proposed:  # within another drafter it may be shown other trees
             self._layout.count(verification, self._counts)
             if self._is_chain:
                 self._lengths.add(verification, self._layout.length)
@@ -267,6 +268,7 @@ class Adaptive:
 
     def finish(self, state: DecodeState) -> None:
         """The request is over; what was counted stays."""
+        self._proposed = None
         self.drafter.finish(state)
 
     def reset(self) -> None:

@@ -15,6 +15,7 @@ import specdec
 from drafters.base import BaseDrafter
 from drafters.medusa import Medusa
 from drafters.none import NoDrafter
+from drafters.suffix_automaton import SamDecoding
 from drafters.token_recycling import TokenRecycling
 from specdec import adaptive
 from specdec.adaptive import Adaptation, Adaptive
@@ -91,6 +92,18 @@ def test_reset_save_and_load(name: str) -> None:
     for wrong in ({"foreign": 1}, {}):
         with pytest.raises(ValueError, match="expected the state of an adaptive tree"):
             built.load_state_dict(wrong)
+
+
+@pytest.mark.usefixtures("clock")
+def test_beside_another_drafter() -> None:
+    """It is shown trees that are in part another's, whose nodes it must not take for its own."""
+    model, inputs = model_of("llama"), prompts(3)
+    built = SamDecoding(auxiliary=Adaptive(TokenRecycling(), SOON), auxiliary_below=2)
+    for _ in range(2):
+        output, trace = generate(model, built, inputs)
+        assert output.sequences.tolist() == plain_text("llama", 3)
+    sources = {step.tree.sources for step in trace.steps if step.tree is not None}
+    assert ("suffix_automaton", "token_recycling") in sources
 
 
 class Toy(BaseDrafter):
@@ -192,6 +205,18 @@ def test_the_files_tree_comes_first_and_stays_where_it_is_best() -> None:
     bench = Bench(flat, Adaptation(max_nodes=32), [[0.5, 0.2]] * 2)
     assert set(bench.text([0.5, 0.2], 200)) == {4}
     assert bench.adaptive.choices == 0
+
+
+def test_walks_through_trees_of_others_do_not_count() -> None:
+    bench = Bench(STAIRS, Adaptation(), PRIOR)
+    bench.text([0.5], 3)
+    counted = bench.adaptive._counts.steps
+    own = bench.adaptive.propose(bench.state)
+    walk = Verification([[0, 1]], [[0, 0]], [False], [False], torch.zeros(0), [[2, 1]])
+    bench.adaptive.update(bench.state, copy.copy(own), walk)
+    assert bench.adaptive._counts.steps == counted == 3
+    bench.adaptive.update(bench.state, own, walk)
+    assert bench.adaptive._counts.steps == 4
 
 
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:

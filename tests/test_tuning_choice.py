@@ -78,8 +78,13 @@ def test_only_allowed_sizes() -> None:
         assert len(chosen.paths) + 1 in sizes
         best = max(by_definition(t, profile, costs) for t in closed_trees(NODES, DEPTH) if len(t) + 1 in sizes)
         assert chosen.rate == pytest.approx(best)
-    few = choose(Profile([[0.5]]), costs, NODES + 1, 2, {6})
-    assert few.paths == chain_paths(2), "there are no six nodes"
+    levels = Costs(costs.passes, 1.0, (0.1, 0.0, 5.0))
+    flat = choose(Profile([[0.5, 0.3]] * 3), levels, NODES + 1, DEPTH, {5})
+    assert len(flat.paths) == 4, "not a shallower tree of two nodes, which is no size allowed"
+    lone = Profile([[0.5]])
+    few = choose(lone, costs, NODES + 1, 2, {6})
+    rates = [expect(chain_paths(length), lone, costs).rate for length in (1, 2)]
+    assert few.rate == max(rates), "no tree has six nodes of any worth"
 
 
 def test_a_flat_device_takes_all_and_a_steep_one_little() -> None:

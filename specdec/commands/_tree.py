@@ -106,15 +106,16 @@ class TreeTuner:
         self.depth = max(plan.max_depth, *map(len, self.published)) if self.is_chain else plan.max_depth
         self.depth = min(self.depth, drafter.deepest or self.depth)
         self.width = min(plan.max_width, drafter.widest)
+        self.largest = max(plan.max_nodes, len(self.published) + 1)
         target = self.handle.target
         if graph_sizes(target) is not None:
             # Only sizes that are graphs have a time of their own; the chosen tree will be one.
-            target.use_graphs(plan.max_nodes, self._say)
+            target.use_graphs(self.largest, self._say)
         self.graphs = graph_sizes(target)
         context = session.loaded.context_length
-        if context is not None and max(plan.contexts) + plan.max_nodes > context:
+        if context is not None and max(plan.contexts) + self.largest > context:
             raise ValueError(
-                f"contexts={list(plan.contexts)} and max_nodes={plan.max_nodes} go beyond the {context} tokens that "
+                f"contexts={list(plan.contexts)} and trees of {self.largest} nodes go beyond the {context} tokens that "
                 f"{session.loaded.name} reads"
             )
 
@@ -149,7 +150,7 @@ class TreeTuner:
         """Context -> size -> seconds."""
         text = torch.cat(list(self.ids), dim=1)
         target, plan, found = self.handle.target, self.plan, dict[int, dict[int, float]]()
-        sizes = sizes_up_to(plan.max_nodes, self.graphs)
+        sizes = sizes_up_to(self.largest, self.graphs)
         for tokens in plan.contexts:
 
             def probe(state: DecodeState, step: Step, tokens: int = tokens) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from specdec.report.theme import MARKERS, PRINT, Theme
 from specdec.tuning.choice import choose, expect
@@ -48,6 +49,7 @@ def _acceptance(axes: Axes, file: TreeFile, theme: Theme) -> None:
         axes.plot(depths, rates[:, rank], color=theme.series[rank], marker=MARKERS[rank], markersize=4, label=name)
     _dress(axes, theme, "What is accepted", "depth", "share, once the parent was accepted")
     axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
 
 
@@ -58,7 +60,8 @@ def _speeds(axes: Axes, file: TreeFile, theme: Theme) -> None:
         found = [expect(tree, profile, costs) for tree in trees]
     else:
         depth = len(profile.rates)
-        found = [choose(profile, costs, costs.max_nodes, depth, {n}) for n in range(2, costs.max_nodes + 1)]
+        sized = [(n, choose(profile, costs, costs.max_nodes, depth, {n})) for n in range(2, costs.max_nodes + 1)]
+        found = [choice for n, choice in sized if len(choice.paths) + 1 == n]
     sizes = [len(choice.paths) + 1 for choice in found]
     axes.plot(sizes, [choice.rate for choice in found], color=theme.series[0], label="best tree of this size")
     for name, mark in (("chosen", "o"), ("published", "s")):

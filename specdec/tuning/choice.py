@@ -109,8 +109,8 @@ def choose(
         costs: of a step.
         max_nodes: of the tree, the root included; nothing larger than what was measured is chosen either.
         max_depth: no deeper than this; None = no limit.
-        sizes: the only node counts allowed, the root included; None = any. Where there are fewer nodes of any worth
-            than the smallest size, these few are taken.
+        sizes: the only node counts allowed for trees, the root included; None = any. Where no tree of any worth has
+            such a size, any size is.
 
     Raises:
         ValueError: no node has any worth, or fits.
@@ -124,6 +124,8 @@ def choose(
         deepest = min(max_depth or below, below)
         caps = range(1, deepest + 1) if costs.draft[2] > 0 else [deepest]
         found = [best for cap in caps if (best := _best_of_depth(profile, costs, below, cap, sizes)) is not None]
+        if not found and sizes is not None:
+            return choose(profile, costs, max_nodes, max_depth)
     if not found:
         raise ValueError(f"no tree of at most {max_nodes} nodes is worth anything: {profile.rates}")
     return max(found, key=lambda choice: choice.rate)
@@ -136,7 +138,9 @@ def _best_of_depth(
     if not ranked:
         return None
     every = range(1, len(ranked) + 1)
-    allowed = [*every] if sizes is None else [n for n in every if n + 1 in sizes] or [len(ranked)]
+    allowed = [*every] if sizes is None else [n for n in every if n + 1 in sizes]
+    if not allowed:
+        return None
     tokens = 1 + np.cumsum([value for _, value in ranked])
     depth = np.array(list(accumulate((len(path) for path, _ in ranked), max)))
     chosen = np.array(allowed)
