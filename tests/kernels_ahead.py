@@ -51,10 +51,10 @@ def compile_attention(
 
 
 def compile_merge(arch: int, dim: int, dtype: str, sinks: bool = False) -> dict[str, Any]:
-    """The merge of up to 16 parts."""
+    """The merge of all parts that there may be."""
     pointers = {"OUT": "*fp32", "LSE": "*fp32", "SINKS": f"*{dtype}", "RESULT": f"*{dtype}"}
     constants = {"HKV": 8, "G": 4, "D": dim, "BD": tree_attention.padded_dim(dim), "BR": tree_attention._MERGED_ROWS}
-    constants |= {"BS": 16, "WITH_SINKS": sinks}
+    constants |= {"BS": tree_attention._PARTS, "WITH_SINKS": sinks}
     free = {"count": "i32", "parts": "i32"}
     return _compile(tree_attention._merge, pointers, free, constants, {"num_warps": 4}, arch)
 

@@ -27,6 +27,7 @@ LOG2_E = 1.4426950408889634
 _HEADER = tl.constexpr(3)  # columns of a packed mask before its words
 _LOW = tl.constexpr(float("-inf"))
 _MAX_SPLITS = 32
+_PARTS = 64  # room for all of them and the tree: one merge kernel however far the text has grown
 _SLOTS_PER_SPLIT = 256  # fewer are not worth a program
 _MERGED_ROWS = 4
 
@@ -215,9 +216,10 @@ def padded_dim(dim: int) -> int:
 def launch_for(rows: int, dim: int, dtype: torch.dtype, generation: int) -> Launch:
     """The tile for M packed rows of head size D.
 
-    No tile spills registers or needs more than 99 KB of shared memory, so that one table serves every GPU since Ampere
-    (``tests/test_kernels_ahead.py`` compiles all of them). float32 goes through the matrix units in three parts, which
-    keeps its precision. In the interpreter a tile costs the same whatever its size.
+    No tile spills registers (float32 at head size 256 alone: two of them) or needs more than 99 KB of shared memory, so
+    that one table serves every GPU since Ampere (``tests/test_kernels_ahead.py`` compiles all of them). float32 goes
+    through the matrix units in three parts, which keeps its precision. In the interpreter a tile costs the same
+    whatever its size.
 
     Args:
         generation: major compute capability of the GPU.
@@ -358,7 +360,7 @@ def _launch(
         )  # fmt: skip
         _merge[(triton.cdiv(rows, merged), pairs)](
             partial, lse, lse if sinks is None else sinks, result, rows, parts,
-            HKV=kv_heads, G=groups, D=dim, BD=padded, BR=merged, BS=triton.next_power_of_2(parts),
+            HKV=kv_heads, G=groups, D=dim, BD=padded, BR=merged, BS=max(_PARTS, triton.next_power_of_2(parts)),
             WITH_SINKS=sinks is not None, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return result
