@@ -18,7 +18,7 @@ from specdec.bench.meter import held, request_peaks
 from specdec.bench.profiling import FORWARD, PARTS, Stopwatch, profile
 from specdec.bench.records import BENCH, Book, without_places
 from specdec.bench.sections import GrowthOptions
-from specdec.bench.stepping import FixedTree, RawForward, Stepper, _listening, handle_of, request_of, tree_of
+from specdec.bench.stepping import FixedTree, RawForward, Stepper, handle_of, listening, request_of, tree_of
 from specdec.bench.subjects import Subject, random_llama
 from specdec.bench.tables import markdown
 from specdec.bench.texts import figures
@@ -52,7 +52,11 @@ def test_laps_take_turns_and_the_first_moves_on() -> None:
     order: list[str] = []
 
     def lap(name: str) -> clock.Lap:
-        return lambda: (order.append(name), float(len(order)))[1]
+        def take() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return take
 
     seconds = clock.in_turns({name: lap(name) for name in "abc"}, repeats=2, warmup=1)
     assert "".join(order) == "abcbcacab"
@@ -156,7 +160,7 @@ def test_a_warning_about_the_model_is_a_refusal() -> None:
     model = model_of("llama")
     with warnings.catch_warnings(record=True) as passed_on:
         warnings.simplefilter("always")
-        with _listening(model) as refusals:
+        with listening(model) as refusals:
             warnings.warn("no compiler; the passes of LlamaForCausalLM run uncompiled", stacklevel=1)
             warnings.warn("of something else", stacklevel=1)
     assert [str(warning.message) for warning in passed_on] == ["of something else"]
@@ -177,8 +181,9 @@ def test_growth_measures_every_point_once() -> None:
 def test_time_belongs_to_the_innermost_part() -> None:
     now = [0.0]
 
-    def work(seconds: float) -> None:
+    def work(seconds: float) -> float:
         now[0] += seconds
+        return now[0]
 
     watch = Stopwatch(lambda: None, lambda: now[0])
     inner = watch("inner", lambda: work(3))
@@ -306,10 +311,11 @@ def test_each_ratio_is_against_the_faster_dtype() -> None:
 
 def test_tables_carry_both_numbers_of_a_ratio() -> None:
     rows = figures(summary(), "float32")
-    text = markdown({"provenance": said(), "sections": {"end_to_end": {"rows": rows}}})
+    text = markdown({"provenance": said(), "sections": {"end_to_end": {"rows": rows, "left_out": {"x": "no g++"}}}})
     assert "| `quick` | 1.00 (1.00) | 297 (330) | 3.00 (3.00) | 2.06 (2.06) | 10 % | 4, 0, 0 |" in text
     assert "`transformers_float32` with 110 tokens/s and `transformers_prompt_lookup` with 160" in text
     assert "25 % end in one" in text
+    assert "`x` was left out: no g++." in text
     assert "a CPU, 2 threads" in text
 
 

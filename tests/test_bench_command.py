@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from specdec import cli
 from specdec.bench.records import SECTIONS
+from specdec.bench.stepping import handle_of
+from specdec.commands import _end_to_end
 
 QUICK = ("quick=true", "threads=1", "data=demo")
 
@@ -97,3 +100,20 @@ def test_a_mistake_is_named(mistake: str, tmp_path: Path, capsys: pytest.Capture
     assert bench(*QUICK, f"output={tmp_path}", *arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_a_mode_that_the_target_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(model: Any, drafter: Any, verifier: Any, modes: Any) -> Any:
+        if modes:
+            warnings.warn(f"no compiler; the passes of {type(model).__name__} run uncompiled", stacklevel=1)
+        return handle_of(model, drafter, verifier, {})
+
+    monkeypatch.setattr(_end_to_end, "handle_of", refused)
+    more = "small.end_to_end.drafters=[prompt_lookup,{name:prompt_lookup,label:graphs,compile:true}]"
+    small = ("small.end_to_end.limit=1", "small.end_to_end.max_new_tokens=3", "small.end_to_end.batch_size=[1]")
+    assert bench(*QUICK, "sections=[end_to_end]", more, *small, f"output={tmp_path}") == 0
+    section = content(tmp_path)["sections"]["end_to_end"]
+    assert list(section["left_out"]) == ["graphs"]
+    assert "run uncompiled" in section["left_out"]["graphs"]
+    assert {"none", "prompt_lookup"} <= {row["method"] for row in section["rows"]}
+    assert "graphs" not in {row["method"] for row in section["rows"]}

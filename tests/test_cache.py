@@ -69,7 +69,12 @@ def test_the_way_of_a_device_gives_the_same_text(batch: int, monkeypatch: pytest
     monkeypatch.setattr(tree_attention, "on_host", lambda _: False)
     model, moves = model_of("llama"), list[int]()
     move = TreeCache.move
-    monkeypatch.setattr(TreeCache, "move", lambda *arguments: (moves.append(1), move(*arguments)))
+
+    def counted(self: TreeCache, source: torch.Tensor, target: torch.Tensor) -> None:
+        moves.append(1)
+        move(self, source, target)
+
+    monkeypatch.setattr(TreeCache, "move", counted)
     specdec.speculate(model, "token_recycling", num_nodes=20)
     try:
         for _ in range(2):  # the second knows the text, so that paths are accepted that lie apart

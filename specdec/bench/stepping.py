@@ -188,7 +188,7 @@ def handle_of(model: Any, drafter: Any, verifier: Any, modes: Mapping[str, Any])
 
 
 @contextmanager
-def _listening(model: Any) -> Iterator[list[str]]:
+def listening(model: Any) -> Iterator[list[str]]:
     """Collect the warnings that name the model: what it cannot do is told so. Others are passed on."""
     refusals: list[str] = []
     with warnings.catch_warnings(record=True) as heard:
@@ -236,7 +236,7 @@ class Stepper:
         self.path = [node for node in template.topology.paths[0, last].tolist() if node >= 0]
         verifier = build_verifier("tree_attention")
         verifier.rule = Forced(build(load("acceptance", "greedy")), self.path)
-        with _listening(subject.model) as refusals:
+        with listening(subject.model) as refusals:
             self.handle = handle_of(subject.model, FixedTree(template), verifier, modes or {})
             self._open(rows, context, steps)
         self.refused = refusals[0] if refusals else None

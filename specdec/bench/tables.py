@@ -100,7 +100,8 @@ def _end_to_end(section: Mapping[str, Any]) -> list[Table]:
         head = ["method", "accepted tokens", "tokens/s", "vs generate", "vs prompt lookup", "drafting",
                 "identical, near-ties, bugs"]  # fmt: skip
         body = [_text_cells(row, calm) for row, calm in pairs]
-        found.append(Table(f"End to end, batch size {batch}", head, body, _text_note(pairs)))
+        left_out = "".join(f" `{name}` was left out: {why}." for name, why in section["left_out"].items())
+        found.append(Table(f"End to end, batch size {batch}", head, body, _text_note(pairs) + left_out))
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from specdec.bench.stepping import handle_of
+from specdec.bench.stepping import handle_of, listening
 from specdec.bench.texts import GENERATE, PROMPT_LOOKUP, baseline, figures
 from specdec.build import build_drafter, build_verifier, choices, load
 from specdec.commands._session import Session
@@ -86,7 +86,7 @@ def end_to_end(
     if runner.failures:
         raise RuntimeError(f"{runner.failures} questions failed, see {folder.path / 'failed'}")
     rows = figures(summarise(folder.path, {}), options.baseline_dtype)
-    return {"questions": len(questions), "baselines": [GENERATE, PROMPT_LOOKUP], "rows": rows}
+    return {"questions": len(questions), "left_out": methods.left_out, "rows": rows}
 
 
 def _folder(output: Path, options: TextOptions) -> Path:
@@ -101,7 +101,11 @@ def _is_mode(key: str, value: Any) -> bool:
 
 
 class _Methods:
-    """Who is measured under a setting: the plain loop, transformers in both dtypes, drafters in their modes."""
+    """Who is measured under a setting: the plain loop, transformers in both dtypes, drafters in their modes.
+
+    Attributes:
+        left_out: drafter -> why the target does not run in its modes, in the words of the warning that said so.
+    """
 
     def __init__(self, config: DictConfig, session: Session, options: TextOptions) -> None:
         self.session = session
@@ -117,8 +121,10 @@ class _Methods:
             for name, extra in ((GENERATE, {}), (PROMPT_LOOKUP, lookup))
             for dtype, target in ((options.baseline_dtype, other.model), ("", model))
         ]
-        self._drafters = [self._entry(entry) for entry in [*options.drafters, *options.more]]
-        names = [method.name for method in (self._plain, *self._drafters)]
+        self.left_out = dict[str, str]()
+        entries = [self._entry(entry) for entry in [*options.drafters, *options.more]]
+        self._drafters = [method for method in entries if method.name not in self.left_out]
+        names = [method.name for method in (self._plain, *entries)]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(f"two methods are called {twice[0]!r}; give one of them a label")
@@ -135,9 +141,12 @@ class _Methods:
             raise ValueError(f"expected drafters to be names or {{name: ..., option: ...}}, got {entry!r}")
         modes = {key: given[key] for key in _MODES if key in given and _is_mode(key, given[key])}
         rest = {key: value for key, value in given.items() if key not in (*_NAMES, *modes)}
-        method = self._speculating(str(given.get("label", name)), load("drafter", name, rest), modes)
         ids = self.session.loaded.encode("one two three one two three")
-        method.generate(Batch(ids, torch.ones_like(ids)), {"max_new_tokens": 8, "do_sample": False})
+        with listening(self.session.model) as refusals:
+            method = self._speculating(str(given.get("label", name)), load("drafter", name, rest), modes)
+            method.generate(Batch(ids, torch.ones_like(ids)), {"max_new_tokens": 8, "do_sample": False})
+        if refusals:
+            self.left_out[method.name] = refusals[0]
         if method.stateful:
             method.state = WARM
         method.forget()

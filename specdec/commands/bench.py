@@ -217,7 +217,7 @@ def _attention() -> Any:
     Raises:
         ImportError: this build has none.
     """
-    return build({"_target_": _ATTENTION})
+    return build({"_target_": _ATTENTION, "device": "cuda"})
 
 
 def _folder(config: DictConfig) -> Path:
@@ -230,7 +230,7 @@ class _Told(logging.Handler):
     def __init__(self, bar: Bar) -> None:
         super().__init__(logging.INFO)
         self.bar, self.logger = bar, logging.getLogger("specdec")
-        self.before = self.logger.level
+        self.before = self.logger.level, self.logger.disabled
 
     def emit(self, record: logging.LogRecord) -> None:
         self.bar.note(record.getMessage())
@@ -238,7 +238,9 @@ class _Told(logging.Handler):
     def __enter__(self) -> None:
         self.logger.addHandler(self)
         self.logger.setLevel(logging.INFO)
+        self.logger.disabled = False  # which Hydra makes of all that it does not configure
 
     def __exit__(self, *_: object) -> None:
         self.logger.removeHandler(self)
-        self.logger.setLevel(self.before)
+        self.logger.setLevel(self.before[0])
+        self.logger.disabled = self.before[1]
