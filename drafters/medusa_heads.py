@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafters.base import device_of
 from specdec import checkpoints
 from specdec.checkpoints import BASE, WEIGHTS, Checkpoint
 from specdec.interfaces import Tap
@@ -112,9 +113,9 @@ class MedusaHeads(nn.Module):
 
 def new_heads(target: Target, num_heads: int, num_layers: int, own_head: bool) -> MedusaHeads:
     """Heads that know nothing yet: each says what the target's head says."""
-    output = target.router.head.weight
+    output, device = target.router.head.weight, device_of(target, "final")
     choices = target.vocab_size if own_head else None
-    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, dtype=target.dtype, device=output.device)
+    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, dtype=target.dtype, device=device)
     if heads.output is not None:
         with torch.no_grad():
             heads.output.copy_(output.expand_as(heads.output))
@@ -171,7 +172,7 @@ def load_heads(checkpoint: Checkpoint, target: Target) -> MedusaHeads:
     if num_layers == 0 and not own:
         raise ValueError(f"{checkpoint.place}: expected blocks or output heads; found neither")
     tokens = _token_map(checkpoint, names.prefix + "token_map", target)
-    hidden, device = target.hidden_size, target.router.head.weight.device
+    hidden, device = target.hidden_size, device_of(target, "final")
     choices = None if not own else target.vocab_size if tokens is None else len(tokens)
     heads = MedusaHeads(num_heads, num_layers, hidden, choices, dtype=target.dtype, device=device)
     heads.token_map = None if tokens is None or not own else tokens.to(device)
