@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"[red]unknown command {command!r}[/red]; known: {', '.join(available())}")
         sys.exit(2)
     module = importlib.import_module(f"specdec.commands.{command}")
-    overrides = _gather(overrides, getattr(module, "POSITIONAL", None))
+    overrides = _gather(overrides, getattr(module, "POSITIONAL", None)) + getattr(module, "extra_overrides", list)()
     parts = (*_PARTS, *getattr(module, "OPEN_PARTS", ()))
     # The bar over weights being read is longer than the reading for the models this shows most.
     disable_progress_bar()
@@ -136,3 +136,7 @@ def _help(console: Console) -> None:
         summary = (importlib.import_module(f"specdec.commands.{name}").__doc__ or "").strip().splitlines()[0]
         console.print(f"  [bold]{name:<10}[/bold] {summary}")
     console.print("\nspecdec COMMAND --help lists its options; key=value overrides any of them (Hydra).")
+
+
+if __name__ == "__main__":  # as launchers of several processes start it
+    main()

@@ -114,9 +114,9 @@ class Pupil(BaseDrafter):
         (folder / "config.json").write_text(json.dumps({"heads": len(self._lesson.heads)}))
 
 
-def target_of(family: str = "llama", dtype: torch.dtype = torch.float32) -> Target:
+def target_of(family: str = "llama", dtype: torch.dtype = torch.float32, model: Any = None) -> Target:
     """A tiny frozen target whose layers are known."""
-    target = Target(zoo.build(family, dtype=dtype).requires_grad_(False))
+    target = Target((zoo.build(family, dtype=dtype) if model is None else model).requires_grad_(False))
     with target.router.observe(), torch.no_grad():
         target.model(input_ids=torch.ones(1, 2, dtype=torch.int64), use_cache=False)
     return target

@@ -185,9 +185,14 @@ def test_another_configuration_is_refused(tmp_path: Path, asked: list[str], caps
     assert len(lines(output)) == 1
     assert distill(*run, "max_new_tokens=9", "overwrite=true") == 0
     assert len(lines(output)) == 1
-    output.with_name("answers.jsonl.provenance.json").unlink()
+    output.with_name("answers.jsonl.provenance.json").write_text("{}")
     assert distill(*run) == 2
-    assert "holds lines without their answers.jsonl.provenance.json" in capsys.readouterr().err
+    assert "answers.jsonl.provenance.json is no provenance of answers" in capsys.readouterr().err
+    output.with_name("answers.jsonl.provenance.json").unlink()
+    for option in ("overwrite=false", "overwrite=true"):
+        assert distill(*run, option) == 2
+        assert "holds lines without their answers.jsonl.provenance.json" in capsys.readouterr().err
+    assert len(lines(output)) == 1, "they may be anybody's"
 
 
 def test_shards_write_files_of_their_own(tmp_path: Path, asked: list[str]) -> None:
@@ -377,6 +382,10 @@ def test_a_command_that_learns_asks_for_texts(tmp_path: Path) -> None:
 MISTAKES = {
     "no output": (["distill"], "output=answers.jsonl"),
     "no path": (["distill", "data=chat", "output=x"], "data=chat needs data.path=..."),
+    "no answers": (
+        ["distill", "data=chat", "data.path=PROMPTS", "output=x"],
+        "found none (prompts without answers are read by data=jsonl",
+    ),
     "no file": (["distill", "data=chat", "data.path=nowhere.jsonl", "output=x"], "no file of texts at nowhere.jsonl"),
     "no batch": (["distill", "output=x", "batch_size=0"], "batch_size to be a whole number of at least 1, got 0"),
     "no prompt": (["distill", "output=x", "prompt_tokens=a"], "prompt_tokens to be a whole number of at least 1"),
@@ -395,6 +404,7 @@ def test_a_mistake_is_named(
     monkeypatch.chdir(tmp_path)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("CHATS").write_text(json.dumps({"messages": talk}) + "\n")
+    Path("PROMPTS").write_text(json.dumps({"messages": talk[:1]}) + "\n")
     arguments, expected = MISTAKES[mistake]
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)

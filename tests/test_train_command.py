@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from pupils import Pupil
 from specdec import cli
-from specdec.build import build, choices, config_dir
+from specdec.build import build, build_drafter, choices, config_dir
 from specdec.commands import train
+from specdec.loading import demo_target
+from specdec.target import Target
 from specdec.training.trainer import DrafterTrainer
 
 TRAINING = [
@@ -64,6 +72,17 @@ def run(*arguments: str) -> int:
     return 0
 
 
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of a loss curve, which somebody may be writing."""
+    text = (folder / "log.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Steps and losses of a run."""
+    return [(line["step"], line["loss"]) for line in lines_of(folder) if "loss" in line]
+
+
 @pytest.mark.usefixtures("pupil")
 def test_what_a_run_leaves(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
@@ -81,6 +100,13 @@ def test_what_a_run_leaves(chats: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     losses = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in losses if "loss" in line] == [1, 2, 3, 4]
+    for step in (2, 4):  # each holds the drafter as it was then, with its own figures
+        kept = json.loads((output / f"checkpoint-{step}" / "drafter" / "config.json").read_text())
+        assert (kept == drafter) == (step == 4)
+        assert [len(ranks) for ranks in kept["acceptance"]] == [5, 5]
+        assert (output / f"checkpoint-{step}" / "drafter" / "provenance.json").is_file()
+    last = torch.load(output / "checkpoint-4" / "drafter" / "weights.pt", weights_only=True)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in weights.items())
     for place in (output, output / "drafter", output / "checkpoint-4"):
         known = json.loads((place / "provenance.json").read_text())
         assert known["command"].startswith("specdec train threads=1")
@@ -102,7 +128,7 @@ def test_a_folder_belongs_to_one_run(chats: Path, tmp_path: Path, capsys: pytest
     assert run(*arguments) == 2
     assert "holds this very run: resume=true goes on with it" in capsys.readouterr().err
     assert run(*arguments, "resume=true") == 0
-    assert "is finished; overwrite=true trains it anew" in capsys.readouterr().err
+    assert "is finished, at step 4; trainer.max_steps=N resume=true goes on" in capsys.readouterr().err
     assert run(*arguments, "trainer.learning_rate=0.02", "resume=true") == 2
     assert "another run (trainer.learning_rate: 0.01 -> 0.02)" in capsys.readouterr().err
     chats.write_text("\n".join(chats.read_text().splitlines()[:20]))
@@ -114,6 +140,127 @@ def test_a_folder_belongs_to_one_run(chats: Path, tmp_path: Path, capsys: pytest
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoint-2", "config.yaml", "drafter", "log.jsonl", "metrics.json", "notes.txt", "provenance.json",
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("pupil")
+@pytest.mark.parametrize("ours", ["drafter", "checkpoint-7", "metrics.json", "config.yaml"])
+def test_only_what_a_training_left_is_overwritten(
+    ours: str, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "mine"
+    place = output / ours / "weights" if ours in ("drafter", "checkpoint-7") else output / ours
+    place.parent.mkdir(parents=True)
+    place.write_text("model: mine")
+    assert run(*SMALL, f"data.path={chats}", f"output={output}", "overwrite=true") == 2
+    said = capsys.readouterr().err
+    assert "give another output=FOLDER" in said
+    assert ours in said
+    assert place.read_text() == "model: mine"
+
+
+@pytest.mark.usefixtures("pupil")
+def test_a_run_can_be_extended_and_cut_short(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (*SMALL, f"data.path={chats}", "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0")
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert run(*arguments, f"output={whole}") == 0
+    assert run(*arguments, f"output={output}", "trainer.max_steps=2") == 0
+    for name in ("checkpoint-keep", "checkpoint-9.txt"):
+        (output / name).write_text("somebody's")
+    assert run(*arguments, f"output={output}", "resume=true") == 0
+    assert f"goes on from {output / 'checkpoint-2'}" in capsys.readouterr().err
+    assert losses(output) == losses(whole)
+    assert (output / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert OmegaConf.load(output / "config.yaml").trainer.max_steps == 4
+    # What stands in the last checkpoint becomes a result, wherever a run was stopped.
+    assert run(*arguments, f"output={output}", "trainer.max_steps=3", "resume=true") == 0
+    assert json.loads((output / "metrics.json").read_text())["step"] == 4
+    assert (output / "checkpoint-keep").read_text() == "somebody's"
+
+
+@pytest.mark.usefixtures("pupil")
+def test_the_best_checkpoint_is_what_is_kept(chats: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = (*SMALL, f"data.path={chats}", "trainer.load_best_model_at_end=true")
+    worst = ("trainer.metric_for_best_model=loss", "trainer.greater_is_better=true")  # the first of them, then
+    assert run(*arguments, *worst, f"output={output}") == 0
+    judged = {line["step"]: line for line in lines_of(output) if "eval_loss" in line}
+    assert judged.keys() == {2, 4}
+    assert judged[2]["eval_loss"] > judged[4]["eval_loss"]
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["step"] == 2
+    assert metrics["loss"] == judged[2]["eval_loss"]
+    assert metrics["depth_1/top_1"] == judged[2]["eval_depth_1/top_1"]
+    kept, first = (output / place for place in ("drafter", "checkpoint-2/drafter"))
+    assert (kept / "config.json").read_text() == (first / "config.json").read_text()
+    ours, theirs = (torch.load(place / "weights.pt", weights_only=True) for place in (kept, first))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert json.loads((kept / "provenance.json").read_text())["step"] == 2
+    # Moved, and finished a second time: the best one is still found, and its absence is no silence.
+    moved = output.rename(tmp_path / "moved")
+    (moved / "metrics.json").unlink()
+    assert run(*arguments, *worst, f"output={moved}", "resume=true") == 0
+    assert json.loads((moved / "metrics.json").read_text()) == metrics
+
+
+@pytest.mark.usefixtures("pupil")
+def test_a_full_disk_says_how_to_go_on(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert run(*SMALL, f"data.path={chats}", f"output={whole}") == 0
+    save = DrafterTrainer._save_optimizer_and_scheduler
+
+    def full(self: DrafterTrainer, folder: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(DrafterTrainer, "_save_optimizer_and_scheduler", full)
+    assert run(*SMALL, f"data.path={chats}", f"output={output}") == 2
+    said = capsys.readouterr().err
+    assert f"the disk is full; whole checkpoints in {output} are kept: free some space" in said
+    assert "Traceback" not in said
+    monkeypatch.setattr(DrafterTrainer, "_save_optimizer_and_scheduler", save)
+    assert run(*SMALL, f"data.path={chats}", f"output={output}", "resume=true") == 0
+    assert losses(output) == losses(whole)
+
+
+def test_killed_in_the_middle_it_goes_on_with_the_same_loss_curve(chats: Path, tmp_path: Path) -> None:
+    """The command itself and a real drafter, under SIGKILL at a moment between two checkpoints."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = (
+        *SMALL, "drafter=medusa", "drafter.path=new", "drafter.num_heads=2", "target.device=cpu", f"data.path={chats}",
+        "trainer.max_steps=9", "trainer.save_steps=4", "eval_share=0.1",
+    )  # fmt: skip
+    assert run(*arguments, f"output={whole}") == 0
+    command = [sys.executable, "-m", "specdec.cli", "train", *arguments, f"output={killed}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 300
+        while not (killed / "log.jsonl").is_file() or all(step < 5 for step, _ in losses(killed)):
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert losses(killed)[-1][0] < 9, "it was still running"
+    assert not (killed / "metrics.json").exists()
+    kept = build_drafter("medusa", path=str(killed / "checkpoint-4" / "drafter"))
+    assert kept.fit(Target(demo_target("float32", "cpu").model)) is None, "what it had reached can be used"
+    assert run(*arguments, f"output={killed}", "resume=true") == 0
+    assert losses(killed) == losses(whole)
+    ours, theirs = (load_file(folder / "drafter" / "model.safetensors") for folder in (killed, whole))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_states_of_a_target_that_learns_cannot_be_kept(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("drafter=medusa", "drafter.path=new", "drafter.num_heads=1", "loss.joint=true", f"data.path={chats}")
+    cached = ("features.mode=cached", f"features.path={tmp_path / 'states'}", f"output={tmp_path / 'run'}")
+    assert run(*SMALL, *arguments, *cached) == 2
+    assert "keeps the states of a frozen target" in capsys.readouterr().err
+    assert not (tmp_path / "states").exists()
 
 
 @pytest.mark.usefixtures("pupil")
@@ -139,10 +286,6 @@ def test_control_c_can_be_gone_on_from(
     monkeypatch.setattr(DrafterTrainer, "training_step", step)
     assert run(*arguments, "resume=true") == 0
     assert f"goes on from {output / 'checkpoint-2'}" in capsys.readouterr().err
-
-    def losses(folder: Path) -> list[tuple[int, float]]:
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
     assert losses(output) == losses(whole)
     ours, theirs = (torch.load(folder / "drafter" / "weights.pt", weights_only=True) for folder in (output, whole))
@@ -189,6 +332,10 @@ def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
         (["features.mode=cached", "features.path=x", "features.shard_mb=0"], "features.shard_mb"),
         (["resume=true"], "holds no run to go on with; give its folder: output=FOLDER"),
         (["resume=true", "overwrite=true"], "expected one of them"),
+        (["length=4096", "data.path=nowhere.jsonl"], "expected length to be at most 2048, which demo reads; got 4096"),
+        (["length=1"], "expected length to be a whole number of at least 2, got 1"),
+        (["trainer.gradient_checkpointing=true"], "are frozen; it serves loss.joint=true"),
+        (["trainer.fsdp=full_shard"], "FSDP would cut up the drafter, which is small"),
     ],
 )
 def test_mistakes(

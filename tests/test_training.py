@@ -17,12 +17,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 
+import zoo
+from drafters.medusa import Medusa
 from pupils import LENGTH, OPTIONS, ResidualLesson, Rows, curve, target_of, trainer_in
 from specdec.templates import best_first
-from specdec.training.callbacks import Told
+from specdec.training.callbacks import LossCurve, Told
 from specdec.training.features import CachedTexts, Frozen
-from specdec.training.trainer import DrafterTrainer, Scores, last_checkpoint, training_arguments
+from specdec.training.scores import Scores
+from specdec.training.trainer import DrafterTrainer, last_checkpoint, training_arguments
 
 SCRIPT = Path(__file__).with_name("pupils.py")
 
@@ -200,8 +204,15 @@ def test_a_checkpoint_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"")
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
+    for name, state in (("checkpoint-24", "[]"), ("checkpoint-28", '{"global_step": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
+    (tmp_path / "checkpoint-32").write_text("a plain file")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-12", "checkpoint-32", "checkpoint-4", "checkpoint-best",
+    ]  # fmt: skip
 
 
 class Grouped(ResidualLesson):
@@ -231,6 +242,40 @@ def test_a_lesson_without_parameters_is_refused(tmp_path: Path) -> None:
     lesson = ResidualLesson(target_of()).requires_grad_(False)
     with pytest.raises(ValueError, match="ResidualLesson has no parameter that learns"):
         DrafterTrainer(lesson, trainer.args, trainer.frozen, Rows(2))
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_target_that_learns_may_recompute_its_layers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    if name == "activation_checkpointing" and not hasattr(TrainingArguments, name):
+        pytest.skip("transformers calls it gradient_checkpointing only")
+
+    def trained(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], int, Any]:
+        model, passes = zoo.build("llama"), [0]
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+        drafter, target = Medusa(num_heads=2, path="new"), target_of(model=model)
+        assert drafter.fit(target) is None
+        lesson: Any = drafter.lesson(target, joint=True, rank=4, dropout=0.1)
+        few = OPTIONS | {"max_steps": 3, "gradient_accumulation_steps": 1} | options
+        made = training_arguments(few, folder, 0, target, evaluates=False)
+        trainer = DrafterTrainer(
+            lesson, made, Frozen(target, lesson.taps), Rows(8), None, [LossCurve(folder / "log.jsonl")]
+        )
+        trainer.learn()
+        return curve(folder), passes[0], {key: value.clone() for key, value in lesson.state_dict().items()}
+
+    plain, passes, weights = trained(tmp_path / "plain")
+    saving, more, others = trained(tmp_path / "saving", **{name: True})
+    assert more == passes + 3, "one pass more for every step"
+    assert len(plain) == len(saving) > 0
+    for ours, theirs in zip(plain, saving, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert all(torch.allclose(tensor, others[key], atol=1e-6) for key, tensor in weights.items())
+
+
+def test_recomputing_means_nothing_where_the_target_is_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recomputes the layers .* frozen; it serves loss.joint=true"):
+        trainer_in(tmp_path, gradient_checkpointing=True)
 
 
 def test_half_precision_trains_under_autocast_with_float32_weights(tmp_path: Path) -> None:
@@ -267,11 +312,25 @@ def test_arguments_follow_the_target(tmp_path: Path) -> None:
         ({"seed": 1}, "trainer.seed is decided by seed="),
         ({"output_dir": "x"}, "trainer.output_dir is decided by output=FOLDER"),
         ({"save_strategy": "never"}, "never"),
+        ({"fsdp": "full_shard"}, "FSDP would cut up the drafter, .*; expected plain torchrun"),
     ],
 )
 def test_wrong_options_of_the_trainer(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=expected):
         arguments(tmp_path, options)
+
+
+def test_sharding_that_a_launcher_asks_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    arguments(tmp_path, {})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    arguments(tmp_path, {})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(ValueError, match="ZeRO-3 would cut up the drafter"):
+        arguments(tmp_path, {})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP would cut up the drafter"):
+        arguments(tmp_path, {})
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -160,6 +160,22 @@ def test_half_a_shard_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("left", [0, 4, 40, -8])
+def test_a_shard_that_lost_its_end_is_made_again(left: int, tmp_path: Path) -> None:
+    """The file system may give back less than it took: within the header, behind it, a little before the end."""
+    frozen = Frozen(target_of(), TAPS)
+    cached = CachedTexts(Rows(7), frozen, tmp_path, shard_bytes=3 * ROW)
+    cached.fill(4, silent)
+    expected = [cached[row]["states"]["final"].clone() for row in range(7)]  # not views of a file about to change
+    file = tmp_path / "shard-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    again = CachedTexts(Rows(7), frozen, tmp_path, shard_bytes=3 * ROW)
+    assert again.missing == [1]
+    again.fill(4, silent)
+    for row, states in enumerate(expected):
+        assert torch.equal(again[row]["states"]["final"], states)
+
+
 def test_too_little_room_is_said_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached, told = CachedTexts(Rows(7), Frozen(target_of(), TAPS), tmp_path), list[int]()
     usage = type("usage", (), {"free": 1000})
@@ -185,6 +201,15 @@ def test_others_states_are_refused(tmp_path: Path) -> None:
     assert CachedTexts(Rows(3), Frozen(target, TAPS), tmp_path).missing == []
     anew = CachedTexts(Rows(3, seed=5), Frozen(target, TAPS), tmp_path, overwrite=True)
     assert anew.missing == [0]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows_per_shard": "3"}'])
+def test_an_index_of_something_else(content: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="index.json is no index of states; use another features.path=FOLDER"):
+            CachedTexts(Rows(7), Frozen(target_of(), TAPS), tmp_path, overwrite=overwrite)
+    assert (tmp_path / "index.json").read_text() == content
 
 
 def test_a_fingerprint_knows_a_model_from_its_finetune() -> None:

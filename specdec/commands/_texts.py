@@ -40,6 +40,41 @@ class Texts:
         return hashlib.sha256(" ".join(sides).encode()).hexdigest()[:16]
 
 
+def check_length(session: Session) -> None:
+    """The length of a row, which is the longest that a text may be, is one that the target reads.
+
+    Raises:
+        ValueError: it is not.
+    """
+    length, context = session.config["length"], session.loaded.context_length
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"expected length to be a whole number of at least 2, got {length!r}")
+    if context is not None and length > context:
+        raise ValueError(f"expected length to be at most {context}, which {session.loaded.name} reads; got {length}")
+
+
+def check_features(features: Mapping[str, Any], frozen: Frozen) -> None:
+    """Whether states can be had in the way that ``features`` asks for.
+
+    Raises:
+        ValueError: an unknown mode, no path, or nothing to keep.
+    """
+    mode, path, shard = features["mode"], features["path"], features["shard_mb"]
+    if mode not in ("online", "cached"):
+        raise ValueError(f"expected features.mode to be online or cached, got {mode!r}")
+    if mode == "online":
+        return
+    if not frozen.taps:
+        raise ValueError(
+            "features.mode=cached keeps the states of a frozen target, and this loss reads none: the target learns "
+            "too, so that its states change with every step; expected features.mode=online"
+        )
+    if path is None:
+        raise ValueError("features.mode=cached needs features.path=FOLDER to keep the target's states in")
+    if isinstance(shard, bool) or not isinstance(shard, int | float) or shard <= 0:
+        raise ValueError(f"expected features.shard_mb to be a number above 0, got {shard!r}")
+
+
 def texts_of(source: DictConfig, session: Session, console: Console) -> Texts:
     """Read, split, encode and pack what the config names.
 
@@ -95,21 +130,15 @@ def with_states(texts: Texts, frozen: Frozen, features: Mapping[str, Any], batch
         console: where the size is said before it starts, and the progress.
 
     Raises:
-        ValueError: an unknown mode, no path, a folder with the states of something else, or too little room.
+        ValueError: what ``check_features`` says, a folder with the states of something else, or too little room.
         OSError: the disk is full.
     """
-    mode, path, shard = features["mode"], features["path"], features["shard_mb"]
-    if mode not in ("online", "cached"):
-        raise ValueError(f"expected features.mode to be online or cached, got {mode!r}")
-    if mode == "online" or not frozen.taps:
+    check_features(features, frozen)
+    if features["mode"] == "online":
         return texts
-    if path is None:
-        raise ValueError("features.mode=cached needs features.path=FOLDER to keep the target's states in")
-    if isinstance(shard, bool) or not isinstance(shard, int | float) or shard <= 0:
-        raise ValueError(f"expected features.shard_mb to be a number above 0, got {shard!r}")
-    place, sides = Path(path).expanduser(), {"train": texts.train, "held_out": texts.held_out}
+    place, sides = Path(features["path"]).expanduser(), {"train": texts.train, "held_out": texts.held_out}
     made: dict[str, Any] = {
-        name: CachedTexts(side, frozen, place / name, int(shard * 2**20), features["overwrite"])
+        name: CachedTexts(side, frozen, place / name, int(features["shard_mb"] * 2**20), features["overwrite"])
         for name, side in sides.items()
         if side is not None
     }

@@ -1,7 +1,14 @@
-"""Train a drafter's weights for a target, on the texts of `data`, by a recipe; resume=true goes on after a kill."""
+"""Train a drafter's weights for a target, on the texts of `data`, by a recipe; resume=true goes on after a kill.
+
+One process per device: ``torchrun --nproc-per-node 8 -m specdec.cli train ...``. The first one claims the folder,
+writes and speaks; what is refused on one ends all of them. Every checkpoint holds the drafter as it was then, so that
+what a killed run has reached can be used: ``drafter.path=RUN/checkpoint-N/drafter``. (Not where the target learns too,
+which would be saved whole each time: ``resume=true trainer.max_steps=N`` makes a result of its last checkpoint, N.)
+"""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,7 +16,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +28,26 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from specdec.build import build_drafter, build_verifier, choices, load
 from specdec.checkpoints import CONFIG as DRAFTER_CONFIG
+from specdec.commands import _runs
 from specdec.commands._data import choice
+from specdec.commands._runs import DRAFTER, LOSSES, METRICS, PROCESSES
 from specdec.commands._session import Session
-from specdec.commands._texts import Texts, texts_of, with_states
+from specdec.commands._texts import Texts, check_features, check_length, texts_of, with_states
 from specdec.evaluation.provenance import now, provenance
 from specdec.evaluation.records import replace_text
-from specdec.evaluation.store import differences
 from specdec.generation import attach, restore, speculation_of
 from specdec.interfaces import Trainable
 from specdec.target import Target
 from specdec.training.features import Frozen, check_packed
+from specdec.training.ranks import Ranks, launched_rank
 
-CONFIG, METRICS, LOSSES, DRAFTER, PROVENANCE = "config.yaml", "metrics.json", "log.jsonl", "drafter", "provenance.json"
-# What may differ between two starts of one run.
-_VOLATILE = ("output", "overwrite", "resume", "threads", "features", "layout")
 INTERRUPTED = 130
 OPEN_PARTS = ("loss", "trainer")  # whose options are named by the lesson and by transformers
+_LITTLE = 16 * 2**20  # bytes; a disk with no more than that is full
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,19 @@ class Pupil:
     drafter: Any
     target: Target
     lesson: Any
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the target learns too."""
+        return any(parameter.requires_grad for parameter in self.target.model.parameters())
+
+    def save(self, folder: Path, layout: str, acceptance: list[list[float]] | None) -> None:
+        """Write the drafter, with how often its guesses were right."""
+        self.drafter.save(folder, layout)
+        if acceptance is not None:
+            path = folder / DRAFTER_CONFIG
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            replace_text(path, json.dumps({**config, "acceptance": acceptance}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -64,35 +86,29 @@ class Run:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def extra_overrides() -> list[str]:
+    """What the command line lacks: of several processes the first alone makes the folder, which the others are told."""
+    return ["hydra.run.dir=."] if launched_rank() else []
+
+
 def run(config: DictConfig) -> float | int | None:
     """Train. Returns the held-out loss to sweepers; outside a sweep exit code 130 where it was interrupted."""
-    _need_accelerate()
-    from specdec.training.trainer import training_arguments
-
-    drafter, console = _trainable(config), Console(stderr=True)
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the target's too
-    session, folder = Session(config), _folder(config)
-    settings = session.config
-    target = _frozen_target(session, drafter)
-    arguments = training_arguments(
-        settings["trainer"] or {}, folder, settings["seed"], target, evaluates=bool(settings["eval_share"])
-    )
-    check_packed(target)
-    pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
-    if not (settings["loss"] or {}).get("joint"):
-        with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
-            drafter.save(Path(scratch), settings["layout"])
-    frozen = Frozen(target, pupil.lesson.taps)
-    texts = texts_of(config, session, console)
-    resolved = {**settings, "texts_fingerprint": texts.fingerprint}
-    said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
-    with arguments.main_process_first(desc="claiming the folder"):
-        this = Run(folder, _claim(folder, resolved, arguments.process_index == 0), said, console)
-        if config.resume and (folder / METRICS).is_file():
-            this.say(f"{folder} is finished; overwrite=true trains it anew")
-            return _result(json.loads((folder / METRICS).read_text(encoding="utf-8")))
-        texts = with_states(texts, frozen, settings["features"], arguments.per_device_eval_batch_size, console)
+    ranks = Ranks.launched()
+    console = Console(stderr=True, quiet=not ranks.is_first)
+    folder = Path(ranks.share(str(_folder(config))))  # its name may hold the time, which each process would read anew
+    with ranks.together():
+        pupil, frozen, texts, arguments, this = _prepared(config, folder, ranks.size, console)
+    with ranks.together():
+        claimed = _claimed(this, config) if ranks.is_first else None
+    done, checkpoint = ranks.share(claimed)
+    if done:
+        return _result(_runs.finished(this.folder))
+    for mine in (ranks.is_first, not ranks.is_first):  # the first one makes what the others find
+        with ranks.together():
+            if mine:
+                batch = arguments.per_device_eval_batch_size
+                texts = with_states(texts, frozen, this.said["config"]["features"], batch, console)
+    this = replace(this, checkpoint=None if checkpoint is None else Path(checkpoint))
     metrics = _train(pupil, frozen, texts, arguments, this)
     if metrics is None:
         if _in_sweep():
@@ -101,29 +117,99 @@ def run(config: DictConfig) -> float | int | None:
     return _result(metrics)
 
 
+def _prepared(
+    config: DictConfig, folder: Path, processes: int, console: Console
+) -> tuple[Pupil, Frozen, Texts, Any, Run]:
+    """Everything that can be known before the folder is touched; each process does it for itself."""
+    _need_accelerate()
+    from specdec.training.trainer import training_arguments
+
+    if processes > 1 and _in_sweep():
+        raise ValueError("a sweep trains in one process, one run after the other; start several processes for each run")
+    if processes > 1 and OmegaConf.select(config, "target.device_map") is not None:
+        raise ValueError(
+            "target.device_map spreads one target over devices; of several processes each has its own target"
+        )
+    drafter = _trainable(config)
+    if processes > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # the target's too
+    session = Session(config)
+    settings = session.config
+    check_length(session)
+    target = _frozen_target(session, drafter)
+    arguments = training_arguments(
+        settings["trainer"] or {}, folder, settings["seed"], target, evaluates=bool(settings["eval_share"])
+    )
+    check_packed(target)
+    pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
+    frozen = Frozen(target, pupil.lesson.taps)
+    check_features(settings["features"], frozen)
+    if not pupil.is_joint:
+        with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
+            drafter.save(Path(scratch), settings["layout"])
+    texts = texts_of(config, session, console)
+    resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
+    said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
+    return pupil, frozen, texts, arguments, Run(folder, None, said, console)
+
+
+def _claimed(this: Run, config: DictConfig) -> tuple[bool, str | None]:
+    """Whether the run is finished, and the checkpoint to go on from."""
+    from specdec.training.trainer import last_checkpoint
+
+    if _runs.claim(this.folder, this.said["config"]):
+        step = _runs.finished(this.folder).get("step")
+        this.say(
+            f"{this.folder} is finished, at step {step}; trainer.max_steps=N resume=true goes on to a later step N, "
+            "overwrite=true trains it anew"
+        )
+        return True, None
+    checkpoint = last_checkpoint(this.folder) if config.resume else None
+    if config.resume:
+        this.say(
+            f"goes on from {checkpoint}" if checkpoint else "starts from the beginning: there is no checkpoint yet"
+        )
+    if checkpoint is not None and (this.said["config"]["trainer"] or {}).get("save_only_model"):
+        this.say("without the optimizer's state (trainer.save_only_model=true): its losses will differ for a while")
+    return False, None if checkpoint is None else str(checkpoint)
+
+
 def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run) -> dict[str, Any] | None:
     """Train, save and say how it went; returns the figures, None where it was interrupted."""
-    from specdec.training.callbacks import LossCurve, Provenance, Told
+    from specdec.training.callbacks import AtCheckpoints, LossCurve, Provenance, Told
     from specdec.training.trainer import DrafterTrainer, last_checkpoint
 
-    if this.checkpoint is not None:
-        this.say(f"goes on from {this.checkpoint}")
     told = Told(this.console)
     callbacks = [LossCurve(this.folder / LOSSES), told, Provenance(this.said)]
     trainer = DrafterTrainer(pupil.lesson, arguments, frozen, texts.train, texts.held_out, callbacks)
+    if not pupil.is_joint:
+        layout = this.said["config"]["layout"]
+        trainer.add_callback(AtCheckpoints(lambda folder: _keep(pupil, folder, layout, trainer.acceptance())))
     try:
-        with told:
+        with told, _told_when_full(this.folder):
             metrics: dict[str, Any] = trainer.learn(this.checkpoint)
     except KeyboardInterrupt:
-        reached = last_checkpoint(this.folder)
-        where = f"from {reached.name}" if reached else "from the beginning: there is no checkpoint yet"
-        this.say(f"interrupted; the same command with output={this.folder} resume=true goes on {where}")
+        if trainer.is_world_process_zero():
+            reached = last_checkpoint(this.folder)
+            where = f"from {reached.name}" if reached else "from the beginning: there is no checkpoint yet"
+            this.say(f"interrupted; the same command with output={this.folder} resume=true goes on {where}")
         return None
+    acceptance = trainer.acceptance()
+    metrics |= {"step": trainer.reached} | ({} if acceptance is None else {"acceptance": acceptance})
     if trainer.is_world_process_zero():
-        metrics |= {"step": trainer.state.global_step}
-        metrics |= {"acceptance": trainer.scores.acceptance()} if texts.held_out is not None else {}
-        _save(pupil, this, metrics)
+        with _told_when_full(this.folder):
+            _save(pupil, this, metrics)
+    trainer.accelerator.end_training()
     return metrics
+
+
+def _keep(pupil: Pupil, checkpoint: Path, layout: str, acceptance: list[list[float]] | None) -> None:
+    """Put the drafter as it is now into a checkpoint, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=checkpoint) as scratch:
+        made = Path(scratch) / DRAFTER
+        pupil.save(made, layout, acceptance)
+        shutil.copyfile(checkpoint / _runs.PROVENANCE, made / _runs.PROVENANCE)
+        made.replace(checkpoint / DRAFTER)
 
 
 def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
@@ -131,11 +217,7 @@ def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
     from specdec.training.callbacks import write_provenance
 
     folder, config = this.folder / DRAFTER, this.said["config"]
-    pupil.drafter.save(folder, config["layout"])
-    if "acceptance" in metrics:
-        path = folder / DRAFTER_CONFIG
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        replace_text(path, json.dumps({**known, "acceptance": metrics["acceptance"]}, indent=1) + "\n")
+    pupil.save(folder, config["layout"], metrics.get("acceptance"))
     said = {**this.said, "finished": now(), "metrics": metrics}
     for place in (this.folder, folder):
         write_provenance(place, said, metrics["step"])
@@ -143,6 +225,22 @@ def _save(pupil: Pupil, this: Run, metrics: dict[str, Any]) -> None:
     if "acceptance" in metrics:
         this.console.print(_table(metrics))
     this.say(f"written to {folder}; use it: {_use(folder, config, pupil.drafter.name)}")
+
+
+@contextmanager
+def _told_when_full(folder: Path) -> Iterator[None]:
+    """Within the block a full disk is an error that says how to go on, whoever wrote."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not full and shutil.disk_usage(folder).free > _LITTLE:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full; whole checkpoints in {folder} are kept: free some space, and the same command with "
+            f"output={folder} resume=true goes on from the last (trainer.save_total_limit= keeps fewer of them)",
+        ) from error
 
 
 def _use(folder: Path, config: Mapping[str, Any], name: str) -> str:
@@ -195,51 +293,6 @@ def _frozen_target(session: Session, drafter: Any) -> Target:
     restore(session.model)
     session.model.requires_grad_(False)
     return target
-
-
-def _claim(folder: Path, resolved: Mapping[str, Any], is_first: bool) -> Path | None:
-    """Make sure that the folder is this run's; returns the checkpoint to go on from.
-
-    Raises:
-        ValueError: it holds another run, or this one although nobody said whether to go on.
-    """
-    from specdec.training.trainer import last_checkpoint
-
-    if resolved["resume"] and resolved["overwrite"]:
-        raise ValueError("resume=true goes on with a run, overwrite=true drops it; expected one of them")
-    if not is_first:  # the first process has settled it
-        return last_checkpoint(folder) if resolved["resume"] else None
-    path = folder / CONFIG
-    found = _stable(OmegaConf.to_container(OmegaConf.load(path))) if path.is_file() else None
-    if resolved["overwrite"]:
-        _clear(folder)
-    elif found is not None:
-        if changed := sorted(set(differences(found, _stable(resolved)))):
-            raise ValueError(
-                f"{folder} holds another run ({'; '.join(changed[:4])}); use overwrite=true or another output=FOLDER"
-            )
-        if (folder / LOSSES).is_file() and not resolved["resume"]:  # more than a start that was refused
-            raise ValueError(f"{folder} holds this very run: resume=true goes on with it, overwrite=true starts anew")
-    elif resolved["resume"]:
-        raise ValueError(f"{folder} holds no run to go on with; give its folder: output=FOLDER")
-    elif any((folder / name).exists() for name in (METRICS, DRAFTER)):
-        raise ValueError(f"{folder} holds a drafter without its {CONFIG}; use overwrite=true or another output=FOLDER")
-    replace_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
-    return last_checkpoint(folder) if resolved["resume"] else None
-
-
-def _clear(folder: Path) -> None:
-    """Drop what a run left, and nothing else."""
-    places = [folder / name for name in (METRICS, CONFIG, LOSSES, PROVENANCE, DRAFTER)]
-    for place in [*places, *folder.glob("checkpoint-*")]:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
-
-
-def _stable(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _VOLATILE}
 
 
 def _need_accelerate() -> None:

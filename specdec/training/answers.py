@@ -28,28 +28,41 @@ class AnswerFile:
 
         Args:
             config: without what may change between two starts.
-            overwrite: drop what is there.
+            overwrite: drop the answers that are there.
 
         Returns:
             The provenance found there, None where the file is new.
 
         Raises:
-            ValueError: it holds other answers, or answers of unknown origin.
+            ValueError: it holds other answers, or lines of unknown origin, which are not overwritten either.
         """
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path} is no file; give output=FILE")
+        known = self._known()
+        if known is None and self.path.is_file() and self.path.stat().st_size:
+            raise ValueError(
+                f"{self.path} holds lines without their {self.provenance_path.name}, so they may be anybody's; use "
+                "another output=FILE"
+            )
         if overwrite:
             self.path.unlink(missing_ok=True)
             self.provenance_path.unlink(missing_ok=True)
-        way_out = "use overwrite=true or another output=FILE"
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{self.path} is no file; give output=FILE")
-        if not self.provenance_path.is_file():
-            if self.path.is_file() and self.path.stat().st_size:
-                raise ValueError(f"{self.path} holds lines without their {self.provenance_path.name}; {way_out}")
             return None
-        known: dict[str, Any] = json.loads(self.provenance_path.read_text(encoding="utf-8"))
-        if known["claimed"] != json.loads(json.dumps(config)):
-            changed = sorted(set(differences(known["claimed"], dict(config))))
-            raise ValueError(f"{self.path} holds other answers ({'; '.join(changed[:4])}); {way_out}")
+        if known is not None and known["claimed"] != json.loads(json.dumps(config)):
+            changed = "; ".join(sorted(set(differences(known["claimed"], dict(config))))[:4])
+            raise ValueError(f"{self.path} holds other answers ({changed}); use overwrite=true or another output=FILE")
+        return known
+
+    def _known(self) -> dict[str, Any] | None:
+        """The provenance that is there; None where there is none."""
+        if not self.provenance_path.is_file():
+            return None
+        try:
+            known = json.loads(self.provenance_path.read_text(encoding="utf-8"))
+        except ValueError:
+            known = None
+        if not isinstance(known, dict) or "claimed" not in known or not isinstance(known.get("starts"), list):
+            raise ValueError(f"{self.provenance_path} is no provenance of answers; use another output=FILE")
         return known
 
     def say(self, provenance: Mapping[str, Any]) -> None:

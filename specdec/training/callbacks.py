@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,22 @@ class Provenance(TrainerCallback):
         """A checkpoint has been made."""
         if state.is_world_process_zero:
             write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.said, state.global_step)
+
+
+class AtCheckpoints(TrainerCallback):
+    """Does something whenever a checkpoint has been made, in the first process.
+
+    Args:
+        act: told the checkpoint's folder.
+    """
+
+    def __init__(self, act: Callable[[Path], None]) -> None:
+        self.act = act
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A checkpoint has been made."""
+        if state.is_world_process_zero:
+            self.act(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def write_provenance(folder: Path, said: Mapping[str, Any], step: int) -> None:

@@ -88,7 +88,12 @@ def chat(path: str | Sequence[str]) -> Corpus:
         FileNotFoundError: there is no such file.
         ValueError: an empty file, or no assistant turn in any of its lines.
     """
-    return _read(_files(path), lambda record: _document(record, "text", needs_prompt=True), "an assistant turn")
+    return _read(
+        _files(path),
+        lambda record: _document(record, "text", needs_prompt=True),
+        "an assistant turn",
+        " (prompts without answers are read by data=jsonl, for specdec distill to have them answered)",
+    )
 
 
 def text(path: str | Sequence[str], field: str = "text", sample_by: str = "document") -> Corpus:
@@ -161,8 +166,8 @@ def _files(path: str | Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str) -> Corpus:
-    """The documents of JSON files; what ``make`` refuses is left out and named."""
+def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str, hint: str = "") -> Corpus:
+    """The documents of JSON files; what ``make`` refuses is left out and named, ``hint`` where nothing is left."""
     documents, skipped = list[Document](), list[str]()
     for file in files:
         before, bad = len(documents), len(skipped)
@@ -175,7 +180,7 @@ def _read(files: Iterable[Path], make: Callable[[Any], Document], wanted: str) -
             raise ValueError(f"{file}: expected one JSON object per line, got an empty file")
     if not documents:
         raise ValueError(
-            f"expected {wanted} in at least one of {len(skipped)} lines, found none. The first: {skipped[0]}"
+            f"expected {wanted} in at least one of {len(skipped)} lines, found none{hint}. The first: {skipped[0]}"
         )
     return Corpus(documents, skipped)
 

@@ -201,7 +201,12 @@ class CachedTexts(Dataset[dict[str, Any]]):
         path = self.folder / INDEX
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("rows_per_shard"), int):
+            raise ValueError(f"{path} is no index of states; use another features.path=FOLDER")
         changed = [key for key, value in self._identity.items() if found.get(key) != value]
         if not changed:
             return found

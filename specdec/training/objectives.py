@@ -7,13 +7,16 @@ Shapes: B rows, T tokens of a row, V vocabulary, K depths (heads), R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RANKS = 5
+_MEAN: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("mean over processes", default=None)
 
 
 def ahead(values: Tensor, steps: int) -> Tensor:
@@ -82,17 +85,35 @@ def hits(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
     return found.cumsum(0)
 
 
+@contextmanager
+def over_processes(mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block the losses of ``learnt`` are such that their mean over the processes of a distributed run is the
+    loss of all their batches taken together, however many tokens are wanted in each.
+
+    Args:
+        mean: a tensor's mean over the processes.
+    """
+    token = _MEAN.set(mean)
+    try:
+        yield
+    finally:
+        _MEAN.reset(token)
+
+
 def learnt(
     losses: Sequence[Tensor], weights: Sequence[float], found: Sequence[Tensor], counted: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """What a lesson returns: the weighted sum of its losses, and its hits per depth.
 
     Args:
-        losses: K scalars.
+        losses: K scalars, each a mean over its ``counted``.
         weights: K of them.
         found: K of ``hits``.
         counted: K of the masks ``where``.
     """
-    loss = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]).sum()
     counts = torch.stack([where.sum() for where in counted])
-    return {"loss": loss, "hits": torch.stack(list(found)), "counted": counts}
+    parts, mean = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)]), _MEAN.get()
+    if mean is not None:
+        here = counts.to(parts.dtype)
+        parts = parts * (here / mean(here).clamp(min=torch.finfo(parts.dtype).tiny))
+    return {"loss": parts.sum(), "hits": torch.stack(list(found)), "counted": counts}

@@ -12,8 +12,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +28,16 @@ from torch.utils.data import default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from specdec.target import Target
+from specdec.training import objectives
 from specdec.training.features import Frozen
+from specdec.training.scores import Even, Scores
 
 STATE = "trainer_state.json"
+# Names of before, which later releases of transformers warn of.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _FIGURES = ("hits", "counted")
 # What a run decides elsewhere, and where.
 _ELSEWHERE = {
@@ -59,7 +71,8 @@ def training_arguments(
         evaluates: whether there are held-out texts.
 
     Raises:
-        ValueError: an unknown option (names the closest), one that is set elsewhere, or a wrong value.
+        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
+            distributing that would cut up the drafter.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
@@ -72,63 +85,36 @@ def training_arguments(
     cpu = target.device.type == "cpu"
     given: dict[str, Any] = {"output_dir": str(output), "seed": seed, "use_cpu": cpu}
     given |= {"remove_unused_columns": False, "label_names": [], "disable_tqdm": True, "report_to": "none"}
+    # A lesson uses all that it registers; searching for what it does not would take time in every step.
+    given["ddp_find_unused_parameters"] = False
     if evaluates:
         given["eval_strategy"] = "epoch" if options.get("save_strategy") == "epoch" else "steps"
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
-    arguments = TrainingArguments(**given | dict(options))
+    given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
+    _refuse_sharding("FSDP", given.get("fsdp") or given.get("fsdp_config") or _environment("ACCELERATE_USE_FSDP"))
+    arguments = TrainingArguments(**given)
+    stage = getattr(getattr(arguments, "deepspeed_plugin", None), "zero_stage", 0)
+    _refuse_sharding("ZeRO-3", stage == 3 or _environment("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
         arguments._n_gpu = 1
     return arguments
 
 
-class Scores:
-    """How often the wanted token was among the draft's best, summed over batches."""
+def _environment(name: str) -> str:
+    """What ``accelerate launch`` has set; empty where it has not."""
+    value = os.environ.get(name, "").lower()
+    return "" if value in ("0", "false", "no") else value
 
-    def __init__(self) -> None:
-        self._hits = self._counted = self._loss = torch.zeros(())
 
-    def add(self, outputs: Mapping[str, Tensor]) -> None:
-        """Count what a lesson returned; its loss weighs as much as the tokens it was taken over."""
-        counted = outputs["counted"].double()
-        self._hits = self._hits + outputs["hits"].double()
-        self._counted = self._counted + counted
-        self._loss = self._loss + outputs["loss"].detach().double() * counted[0]
-
-    def reduce(self, accelerator: Any) -> None:
-        """Sum over the processes of a distributed run."""
-        for name in ("_hits", "_counted", "_loss"):
-            setattr(self, name, accelerator.reduce(getattr(self, name), "sum"))
-
-    def rates(self) -> dict[str, float]:
-        """``loss``, and ``depth_k/top_r``: the share of wanted tokens at depth k among the draft's best r.
-
-        Raises:
-            ValueError: none was wanted.
-        """
-        counted = self._counted.tolist()
-        if not counted or counted[0] == 0:
-            raise ValueError("no token of the held-out texts is wanted; expected texts with an assistant's turn")
-        rates = {"loss": float(self._loss) / counted[0]}
-        for depth, (hits, of) in enumerate(zip(self._hits.tolist(), counted, strict=True), start=1):
-            if of:
-                rates |= {f"depth_{depth}/top_{rank}": hit / of for rank, hit in enumerate(hits, start=1)}
-        return rates
-
-    def acceptance(self) -> list[list[float]]:
-        """``[K][R]``: the share of wanted tokens that are exactly the draft's candidate of each rank, per depth.
-
-        A rank that was never right counts as half a token: a tree drawn from few texts should not stop at it.
-        """
-        made = []
-        for hits, of in zip(self._hits.tolist(), self._counted.tolist(), strict=True):
-            if of == 0:
-                break
-            made.append(
-                [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
-            )
-        return made
+def _refuse_sharding(name: str, wanted: Any) -> None:
+    if wanted:
+        raise ValueError(
+            f"{name} would cut up the drafter, which is small, and not the target, which is not trained; "
+            "expected plain torchrun (each process trains a whole drafter), DeepSpeed up to ZeRO-2, or for a target "
+            "that is too large for one device target.device_map=auto in a single process"
+        )
 
 
 class DrafterTrainer(Trainer):
@@ -143,9 +129,13 @@ class DrafterTrainer(Trainer):
         train: packed texts to learn from.
         held_out: packed texts to be judged by, or None.
         callbacks: of transformers.
+
+    Raises:
+        ValueError: nothing learns; or an option of the Trainer that means nothing for a drafter.
     """
 
     optimizer: Any  # the Trainer's own, which it does not declare
+    accelerator: Any
 
     def __init__(
         self,
@@ -159,6 +149,8 @@ class DrafterTrainer(Trainer):
         learns = [parameter for parameter in lesson.parameters() if parameter.requires_grad]
         if not learns:
             raise ValueError(f"{type(lesson).__name__} has no parameter that learns")
+        if arguments.world_size > 1 and held_out is not None:
+            held_out = Even(held_out, arguments.world_size * arguments.per_device_eval_batch_size)
         super().__init__(
             model=lesson.float(),
             args=arguments,
@@ -167,11 +159,14 @@ class DrafterTrainer(Trainer):
             eval_dataset=held_out,
             callbacks=[*callbacks, _Steps(lesson)],
         )
+        if _recomputes(arguments):
+            _let_recompute(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
         # A lesson's loss is a mean over its batch, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
         self.frozen, self.scores = frozen, Scores()
         self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
+        self._best: int | None = None  # the step whose weights were taken up at the end
         self._extras: dict[str, list[Tensor]] = {}
 
     def compute_loss(
@@ -187,7 +182,10 @@ class DrafterTrainer(Trainer):
         if states is None:
             made = self.frozen(inputs["token_ids"], inputs["positions"])
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
-        outputs = model(**inputs, states=states)
+        several = model.training and self.args.world_size > 1
+        mean = partial(self.accelerator.reduce, reduction="mean")
+        with objectives.over_processes(mean) if several else nullcontext():
+            outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
                 self._extras.setdefault(name, []).append(outputs[name].detach().float())
@@ -196,7 +194,8 @@ class DrafterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the lesson's other figures since it was done last."""
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in sorted(self._extras.items())}
+            for name, values in sorted(self._extras.items()):
+                logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), "mean"))
             self._extras = {}
         super().log(logs, start_time)
 
@@ -220,7 +219,7 @@ class DrafterTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         self.scores.reduce(self.accelerator)
         rates = self.scores.rates()
-        self._judged = self.state.global_step, rates
+        self._judged = self.reached, rates
         output.metrics.update({f"{metric_key_prefix}_{name}": rate for name, rate in rates.items()})
         return output
 
@@ -252,6 +251,27 @@ class DrafterTrainer(Trainer):
                 f"{', '.join(unknown[:3]) or 'nothing'} besides"
             )
 
+    def _load_best_model(self) -> None:
+        """Take up the best checkpoint's weights; it is looked for in this run's folder, wherever that was before."""
+        assert self.state.best_model_checkpoint is not None
+        assert self.args.output_dir is not None
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        if not best.is_dir():
+            raise ValueError(
+                f"the best checkpoint, {best}, is gone; trainer.load_best_model_at_end=false takes the last weights"
+            )
+        self.state.best_model_checkpoint, self._best = str(best), self.state.best_global_step
+        super()._load_best_model()
+
+    @property
+    def reached(self) -> int:
+        """After how many steps the weights were what they are: the last, or the best one's."""
+        return self.state.global_step if self._best is None else self._best
+
+    def acceptance(self) -> list[list[float]] | None:
+        """What ``Scores.acceptance`` says of the weights as they are; None where nobody has judged them."""
+        return self.scores.acceptance() if self._judged is not None and self._judged[0] == self.reached else None
+
     def learn(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Train to the end, from a checkpoint where one is given, and judge the result.
 
@@ -259,18 +279,58 @@ class DrafterTrainer(Trainer):
             what ``Scores.rates`` says of the held-out texts; empty where there are none.
         """
         state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
-        if state is not None and 0 < state.max_steps <= state.global_step:
+        if state is not None and state.global_step >= self._total_steps():
             # Nothing is left to do, and the Trainer would do one step more.
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
         else:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.eval_dataset is None:
             return {}
-        if self._judged is None or self._judged[0] != self.state.global_step:
+        if self._best is not None:
+            self.evaluation_loop(self.get_eval_dataloader(), "the best checkpoint")  # is no step of the loss curve
+        elif self._judged is None or self._judged[0] != self.state.global_step:
             self.evaluate()
         assert self._judged is not None
         return self._judged[1]
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        in_epoch = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
+        return math.ceil(self.args.num_train_epochs * in_epoch)
+
+
+def _recomputes(arguments: TrainingArguments) -> bool:
+    """Whether activations are to be recomputed, by either of the names that transformers has for it."""
+    return bool(arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False))
+
+
+def _let_recompute(lesson: Any, target: Target) -> None:
+    """Give a lesson that learns through the target the methods by which the Trainer has activations recomputed.
+
+    Raises:
+        ValueError: nothing of the target learns.
+    """
+    if not any(parameter.requires_grad for parameter in target.model.parameters()):
+        raise ValueError(
+            "trainer.gradient_checkpointing=true recomputes the layers through which gradients go, and the target's "
+            "are frozen; it serves loss.joint=true, where the target learns too. Smaller batches "
+            "(trainer.per_device_train_batch_size=, with trainer.gradient_accumulation_steps=) save memory here"
+        )
+
+    def enable(name: str, **options: Any) -> None:
+        getattr(target.model, name)(**options)
+        for layer in target.layers:
+            # Transformers recomputes in training mode alone. The layers' parts stay in evaluation mode, so that the
+            # backbone computes what it would compute; its adapters are in training mode already.
+            layer.training = True
+
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(target.model, name):
+            setattr(lesson, name, partial(enable, name))
 
 
 class _Steps(TrainerCallback):
@@ -300,10 +360,12 @@ def last_checkpoint(output: Path) -> Path | None:
     """The latest whole checkpoint of a run; drops what a kill left half written. None where there is none."""
     found = {}
     for folder in output.glob("checkpoint-*"):
+        if not re.fullmatch(r"checkpoint-\d+", folder.name) or not folder.is_dir():
+            continue  # somebody else's
         try:
             # Written last, so that the others are whole where this one is.
             found[int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])] = folder
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(folder)
     return found[max(found)] if found else None
 

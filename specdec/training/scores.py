@@ -1,0 +1,80 @@
+"""How well a draft does on held-out texts: what is counted, over batches and over the processes of a distributed run.
+
+Shapes: K depths (heads), R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Scores:
+    """How often the wanted token was among the draft's best, summed over batches."""
+
+    def __init__(self) -> None:
+        self._hits = self._counted = self._loss = torch.zeros(())
+
+    def add(self, outputs: Mapping[str, Tensor]) -> None:
+        """Count what a lesson returned; its loss weighs as much as the tokens it was taken over."""
+        counted = outputs["counted"].double()
+        self._hits = self._hits + outputs["hits"].double()
+        self._counted = self._counted + counted
+        self._loss = self._loss + outputs["loss"].detach().double() * counted[0]
+
+    def reduce(self, accelerator: Any) -> None:
+        """Sum over the processes of a distributed run."""
+        for name in ("_hits", "_counted", "_loss"):
+            setattr(self, name, accelerator.reduce(getattr(self, name), "sum"))
+
+    def rates(self) -> dict[str, float]:
+        """``loss``, and ``depth_k/top_r``: the share of wanted tokens at depth k among the draft's best r.
+
+        Raises:
+            ValueError: none was wanted.
+        """
+        counted = self._counted.tolist()
+        if not counted or counted[0] == 0:
+            raise ValueError("no token of the held-out texts is wanted; expected texts with an assistant's turn")
+        rates = {"loss": float(self._loss) / counted[0]}
+        for depth, (hits, of) in enumerate(zip(self._hits.tolist(), counted, strict=True), start=1):
+            if of:
+                rates |= {f"depth_{depth}/top_{rank}": hit / of for rank, hit in enumerate(hits, start=1)}
+        return rates
+
+    def acceptance(self) -> list[list[float]]:
+        """``[K][R]``: the share of wanted tokens that are exactly the draft's candidate of each rank, per depth.
+
+        A rank that was never right counts as half a token: a tree drawn from few texts should not stop at it.
+        """
+        made = []
+        for hits, of in zip(self._hits.tolist(), self._counted.tolist(), strict=True):
+            if of == 0:
+                break
+            made.append(
+                [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
+            )
+        return made
+
+
+class Even(Dataset[dict[str, Any]]):
+    """Rows, and behind them copies of the first in which nothing is wanted, up to a multiple of what is judged at once.
+
+    Else the last batch would be filled up with rows that were counted before, so that all processes have one.
+    """
+
+    def __init__(self, rows: Any, multiple: int) -> None:
+        self._rows, self._length = rows, -(-len(rows) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self._rows):
+            return self._rows[index]
+        row = self._rows[0]
+        return {**row, "wanted": torch.zeros_like(row["wanted"])}
