@@ -219,9 +219,9 @@ class AdapterLesson(nn.Module):
         where = wanted_ahead(positions, wanted, 1)
         hidden = self.adapter(states[self._layer], positions, same_text(positions))
         # The vocabulary is wide, and what is not wanted need not be multiplied by it.
-        logits = self._target.head(hidden[where][None].to(self._target.dtype))
+        logits = self._target.head(hidden[where][None].to(self._target.dtype)).to(hidden.device)
         with torch.no_grad():
-            teacher = self._target.head(states["final"][where][None])
+            teacher = self._target.head(states["final"][where][None]).to(hidden.device)
         judged = where[where][None]
         loss = soft_cross_entropy(logits, teacher, judged)
         return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged])

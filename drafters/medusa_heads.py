@@ -104,10 +104,10 @@ class MedusaHeads(nn.Module):
         return torch.bmm(states.transpose(0, 1), self.output[:count].transpose(1, 2)).transpose(0, 1)
 
     def logits_of(self, head: int, x: Tensor, target: Target) -> Tensor:
-        """``[M, H]`` -> ``[M, C]`` of a single head."""
+        """``[M, H]`` -> ``[M, C]`` of a single head, where ``x`` is."""
         states = self.one(head, x)
         if self.output is None:
-            return target.head(states.to(target.dtype)[None])[0]
+            return target.head(states.to(target.dtype)[None])[0].to(x.device)
         return F.linear(states, self.output[head])
 
 
@@ -306,7 +306,7 @@ def judged(
 @torch.no_grad()
 def _argmax(target: Target, states: Tensor) -> Tensor:
     """int64 ``[B, T]``: the target's own next tokens, row by row, as all logits at once may not fit."""
-    return torch.stack([target.head(row[None].to(target.dtype))[0].argmax(-1) for row in states])
+    return torch.stack([target.head(row[None].to(target.dtype))[0].argmax(-1).to(row.device) for row in states])
 
 
 def check_common(decay: float, labels: str) -> None:

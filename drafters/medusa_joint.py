@@ -85,7 +85,8 @@ class JointLesson(nn.Module):
 
     Raises:
         ImportError: there is no peft.
-        ValueError: an option out of range, no such modules, or a model that has adapters already.
+        ValueError: an option out of range, no such modules, a model that has adapters already, or one that lies on
+            several devices.
     """
 
     taps: tuple[Tap, ...] = ()
@@ -115,6 +116,12 @@ class JointLesson(nn.Module):
             )
         self.heads, self.decay, self.weight, self.schedule = heads, decay, weight, schedule
         self.distill, self.heads_lr, self.progress = distill, heads_lr, 0.0
+        places = sorted({str(parameter.device) for parameter in target.model.parameters()})
+        if len(places) > 1:
+            raise ValueError(
+                f"joint training moves what it trains to one device; expected a target on one, got one on "
+                f"{', '.join(places)}: leave target.device_map out, or train the heads alone (recipe=medusa_1)"
+            )
         self._layers = _adapt(target, {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}, modules, seed)
         # Made anew, because the output head may be wrapped by now.
         self._target = Target(target.model)

@@ -13,7 +13,7 @@ from drafters.base import device_of
 from second_device import SECOND, SecondDevice, split
 from specdec import capabilities
 from specdec.target import Target
-from zoo import build, prompts, untrained
+from zoo import HIDDEN, build, prompts, untrained
 
 HOST = torch.device("cpu")
 TREE = {"shape": "top_k", "num_draft_tokens": 3, "width": 3, "num_nodes": 9}
@@ -67,3 +67,42 @@ def test_where_the_states_are(
     assert text.device == HOST
     assert text.shape == (batch, ids.shape[1] + 8)
     assert model.speculation.drafted_nodes > 0
+
+
+LESSONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("medusa", {}, {"labels": "teacher"}),
+    ("medusa", {"own_head": True}, {}),
+    ("hydra_heads", {"arch": "mlp"}, {"labels": 1.0, "teacher": 1.0, "reconstruction": 1.0}),
+    ("hydra_heads", {"arch": "prefix-mlp", "own_head": True}, {}),
+    ("kangaroo", {"exit_layer": 3}, {}),
+]
+
+
+@pytest.mark.parametrize(("drafter", "options", "loss"), LESSONS)
+def test_lessons(drafter: str, options: dict[str, Any], loss: dict[str, Any], model: Any) -> None:
+    """A Trainer has lesson, batch and states on one device; of the target it asks what lies elsewhere."""
+    model.requires_grad_(False)
+    ids = torch.arange(2, 26).view(2, 12)
+    positions, wanted = torch.arange(12).expand(2, -1), torch.ones(2, 12, dtype=torch.bool)
+    with SecondDevice():
+        specdec.speculate(model, drafter, **options)
+        handle = specdec.speculation_of(model)
+        specdec.restore(model)
+        made: Any = handle.drafter.lesson(handle.target, **loss)  # type: ignore[attr-defined]
+        module: nn.Module = getattr(handle.drafter, "adapter" if drafter == "kangaroo" else "heads")
+        module.to_empty(device=HOST)
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+        got = made(ids, positions, wanted, {tap: torch.zeros(2, 12, HIDDEN) for tap in made.taps})
+        got["loss"].backward()
+    assert {tensor.device for tensor in got.values()} == {HOST}
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_joint_training_wants_one_device(model: Any) -> None:
+    with SecondDevice():
+        specdec.speculate(model, "medusa")
+        handle = specdec.speculation_of(model)
+        specdec.restore(model)
+        with pytest.raises(ValueError, match="expected a target on one, got one on cpu, meta: leave target.device_map"):
+            handle.drafter.lesson(handle.target, joint=True)  # type: ignore[attr-defined]
