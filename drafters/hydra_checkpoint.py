@@ -9,14 +9,14 @@ weights. How many heads and blocks there are is read off the names, whatever the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape
+from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, rope_type
 from drafters.medusa_trees import remembered
 from specdec import checkpoints
 from specdec.checkpoints import Checkpoint
@@ -127,12 +127,18 @@ def _our_prefix(found: Checkpoint) -> PrefixShape | None:
     said = found.setting("prefix", dict, None)
     if said is None:
         return None
-    known = [field.name for field in fields(PrefixShape)]
+    known = {field.name: field.default for field in fields(PrefixShape)}
     if unknown := sorted(set(said) - set(known)):
-        raise ValueError(f"{found.place}: 'prefix' in its {checkpoints.CONFIG} has no {', '.join(unknown)}; {known=}")
-    sizes = {name: found.setting(f"prefix.{name}", int, least=1) for name in known[:4]}
-    numbers = {name: found.setting(f"prefix.{name}", float, getattr(PrefixShape, name), least=0) for name in known[4:]}
-    shape = PrefixShape(**sizes, **numbers)
+        raise ValueError(
+            f"{found.place}: 'prefix' in its {checkpoints.CONFIG} has no {', '.join(unknown)}; it has: "
+            f"{', '.join(known)}"
+        )
+    settings: dict[str, Any] = {}
+    for name, default in known.items():  # sizes must be there, the other numbers have defaults
+        kind = int if default is MISSING else float
+        where, least = f"prefix.{name}", 1 if default is MISSING else 0
+        settings[name] = found.setting(where, kind, *([] if default is MISSING else [default]), least=least)
+    shape = PrefixShape(**settings)
     if shape.heads % shape.kv_heads or shape.head_dim % 2 or not shape.rope_theta:
         raise ValueError(
             f"{found.place}: expected a prefix layer with a multiple of kv_heads for heads, an even head_dim and "
@@ -204,7 +210,12 @@ def _public_prefix(found: Checkpoint, target: Target) -> PrefixShape:
     queries, keys, gate = (
         found.shape(f"{_PREFIX}layers.0.{name}_proj.weight")[0] for name in ("self_attn.q", "self_attn.k", "mlp.gate")
     )
-    like = PrefixShape.like(target)
+    like, kind = PrefixShape.like(target), rope_type(target.config)
+    if kind != "default":
+        raise ValueError(
+            f"{found.place}: expected a base with plain rotary positions, which its prefix layer takes over; those of "
+            f"{target.name} are of type {kind!r}"
+        )
     if queries % (2 * like.heads):
         raise ValueError(
             f"{found.place}: expected the prefix layer's queries to be those of the target's {like.heads} attention "

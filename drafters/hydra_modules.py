@@ -315,7 +315,15 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 
 def _rope_theta(config: Any) -> float:
+    return float(_rope(config).get("rope_theta") or 10000.0)
+
+
+def rope_type(config: Any) -> str:
+    """How a model's config scales its rotary frequencies; ``default`` = not at all."""
+    return _rope(config).get("rope_type") or "default"
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     # Models with windows keep a set of parameters for each kind of layer.
-    parameters = parameters.get("full_attention") or parameters
-    return float(parameters.get("rope_theta") or 10000.0)
+    return parameters.get("full_attention") or parameters

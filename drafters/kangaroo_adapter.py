@@ -128,7 +128,10 @@ def _rope_theta(found: Checkpoint) -> float:
     kind = found.setting(within + "rope_type", str, "default") if within else "default"
     theta = found.setting(within + "rope_theta", float, 10000.0)
     if kind != "default" or theta <= 0:
-        raise ValueError(f"{found.place}: expected plain rotary positions with rope_theta > 0, got {kind=}, {theta=}")
+        raise ValueError(
+            f"{found.place}: expected plain rotary positions (rope_type default) with rope_theta > 0, got rope_type "
+            f"{kind} and rope_theta {theta}"
+        )
     return theta
 
 

@@ -266,6 +266,11 @@ def test_refusals(tmp_path: Path) -> None:
     odd = "prefix_embeding_layer.layers.0.self_attn.q_proj.weight"
     rewrite(folder, lambda weights: weights.update({odd: torch.zeros(20, HIDDEN)}))
     assert "4 attention heads, of an even size each; got 20 rows" in refusal(folder, target)
+    publish(folder, "prefix-mlp", target)
+    scaled = target_of(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
+    assert "which its prefix layer takes over; those of LlamaForCausalLM are of type 'linear'" in refusal(
+        folder, scaled
+    )
 
 
 def test_truncated_files(tmp_path: Path) -> None:
