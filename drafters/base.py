@@ -1,10 +1,13 @@
-"""What small drafters have in common: binding to a target, and nothing to remember."""
+"""What drafters have in common: binding to a target, nothing to remember, and words for weights that nobody trained."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from specdec.interfaces import DecodeState, Needs, Prefill, Verification
+import torch
+
+from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
 from specdec.target import Target
 from specdec.tree import TokenTree
 
@@ -43,3 +46,32 @@ class BaseDrafter:
         """Accept the empty state only."""
         if saved:
             raise ValueError(f"drafter {self.name!r} keeps no state; got one with {sorted(saved)}")
+
+
+@torch.no_grad()
+def device_of(target: Target, tap: Tap) -> torch.device:
+    """Where the states of a tap arrive, which is where a module that reads them belongs.
+
+    A model may lie on several devices, and neither its embedding nor its output head (where the two are tied) says on
+    which of them a state is made; so a pass over one token is asked.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+    with target.router.taps((tap,)) as recorded:
+        target.model(input_ids=ids, use_cache=False)
+    return recorded[tap][0].device
+
+
+def warn_untrained(name: str, made: str, target: Target, way_out: str) -> None:
+    """Tell the user that a drafter runs on weights which nobody has trained for this target.
+
+    Args:
+        name: of the drafter.
+        made: what it has instead.
+        target: that it is bound to.
+        way_out: what to do about it.
+    """
+    warnings.warn(
+        f"drafter {name!r} has no trained weights for {target.name}: {made}, so hardly a draft will be accepted; "
+        f"{way_out}",
+        stacklevel=3,
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.base import BaseDrafter
+from drafters.base import BaseDrafter, warn_untrained
 from drafters.follower import Follower, Growth
 from drafters.ranked_trees import Grown, Shape, TopK
 from drafters.sampled_trees import Beam, Branching, Chains
@@ -123,6 +123,7 @@ class DraftModel(BaseDrafter):
             return self._path.eval()
         dtype = target.dtype if self.dtype is None else getattr(torch, self.dtype)
         if self._path is None:
+            warn_untrained(self.name, "a tiny random model", target, "give path=FOLDER_OR_HUB_ID of a smaller model")
             model = random_draft_model(target, self.seed).to(dtype)
         else:
             from transformers import AutoModelForCausalLM

@@ -9,14 +9,15 @@ weights. How many heads and blocks there are is read off the names, whatever the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape
+from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, rope_type
+from drafters.medusa_trees import remembered
 from specdec import checkpoints
 from specdec.checkpoints import Checkpoint
 from specdec.target import Target
@@ -28,7 +29,7 @@ _PREFIX = "prefix_embeding_layer."  # the authors' spelling
 _FILES = (checkpoints.WEIGHTS, PUBLIC_FILE, "pytorch_model.bin")
 
 
-def load(path: str, target: Target) -> tuple[HydraHeads, dict[str, Any], list[str]]:
+def load(path: str, target: Target) -> tuple[HydraHeads, list[list[float]] | None, list[str]]:
     """Read heads in either layout.
 
     Args:
@@ -36,11 +37,13 @@ def load(path: str, target: Target) -> tuple[HydraHeads, dict[str, Any], list[st
         target: the model that they draft for.
 
     Returns:
-        the heads where the target is and in its dtype, their config, and the keys that were ignored with the reasons.
+        the heads, in the target's dtype; the accuracies that they remember, if any (``medusa_trees.remembered``); and
+        the keys that were ignored, with the reasons.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: weights for another base, of another architecture or of other sizes, or with keys of no meaning.
+        ValueError: weights for another base, of another architecture or of other sizes, keys of no meaning, or a config
+            with values of another kind than expected.
     """
     found = checkpoints.read(path, _FILES)
     reason = checkpoints.why_other_base(found.config, target)
@@ -49,7 +52,7 @@ def load(path: str, target: Target) -> tuple[HydraHeads, dict[str, Any], list[st
     public = any(key.startswith("hydra_mlp.") for key in found.keys)
     heads = _load_public(found, target) if public else _load_ours(found, target)
     found.close()
-    return heads, found.config, found.ignored
+    return heads, remembered(found, heads.shape.num_heads), found.ignored
 
 
 def save(folder: Path, heads: HydraHeads, target: Target, layout: str, more: Mapping[str, Any]) -> None:
@@ -107,15 +110,58 @@ def _load_ours(found: Checkpoint, target: Target) -> HydraHeads:
     shape = HydraShape(
         hidden=target.hidden_size,
         vocabulary=target.vocab_size,
-        num_heads=config["num_heads"],
-        num_layers=config["num_layers"],
-        own_head=config["own_head"],
-        prefix=PrefixShape(**config["prefix"]) if config.get("prefix") else None,
-        hidden_state_offset=config.get("hidden_state_offset", 0),
+        num_heads=found.setting("num_heads", int, least=1),
+        num_layers=found.setting("num_layers", int, least=1),
+        own_head=found.setting("own_head", bool),
+        prefix=_our_prefix(found),
+        hidden_state_offset=found.setting("hidden_state_offset", int, 0, least=0),
     )
+    _check_sizes(found, shape)
     heads = HydraHeads.empty(shape, target)
     found.fill(heads)
     return heads
+
+
+def _our_prefix(found: Checkpoint) -> PrefixShape | None:
+    """Sizes of the prefix layer, as ``_config`` has written them."""
+    said = found.setting("prefix", dict, None)
+    if said is None:
+        return None
+    known = {field.name: field.default for field in fields(PrefixShape)}
+    if unknown := sorted(set(said) - set(known)):
+        raise ValueError(
+            f"{found.place}: 'prefix' in its {checkpoints.CONFIG} has no {', '.join(unknown)}; it has: "
+            f"{', '.join(known)}"
+        )
+    settings: dict[str, Any] = {}
+    for name, default in known.items():  # sizes must be there, the other numbers have defaults
+        kind = int if default is MISSING else float
+        where, least = f"prefix.{name}", 1 if default is MISSING else 0
+        settings[name] = found.setting(where, kind, *([] if default is MISSING else [default]), least=least)
+    shape = PrefixShape(**settings)
+    if shape.heads % shape.kv_heads or shape.head_dim % 2 or not shape.rope_theta:
+        raise ValueError(
+            f"{found.place}: expected a prefix layer with a multiple of kv_heads for heads, an even head_dim and "
+            f"rope_theta > 0; got {said}"
+        )
+    return shape
+
+
+def _check_sizes(found: Checkpoint, shape: HydraShape) -> None:
+    """Hold what the config says against the weights, before memory is made for what it says."""
+    for name, said, there in (
+        ("num_heads", shape.num_heads, found.count(r"slots\.(\d+)\.")),
+        ("num_layers", shape.num_layers, 1 + found.count(r"blocks\.0\.(\d+)\.")),
+    ):
+        if said != there:
+            raise ValueError(f"{found.place}: expected {name}={there}, as its weights have them; got {said}")
+    with torch.device("meta"):
+        planned = HydraHeads(shape)
+    for name, parameter in planned.named_parameters():
+        if found.shape(name) != tuple(parameter.shape):
+            raise ValueError(
+                f"{found.place}: expected {name} of shape {list(parameter.shape)}, got {list(found.shape(name))}"
+            )
 
 
 def _load_public(found: Checkpoint, target: Target) -> HydraHeads:
@@ -143,10 +189,10 @@ def _load_public(found: Checkpoint, target: Target) -> HydraHeads:
 
 
 def _public_shape(found: Checkpoint, target: Target, step: int) -> HydraShape:
-    config, arch = found.config, found.config.get("hydra_head_arch", ARCHES[0])
+    arch = found.setting("hydra_head_arch", str, ARCHES[0])
     if arch not in ARCHES:
         raise ValueError(f"{found.place}: heads of architecture {arch!r}; expected {' or '.join(ARCHES)}")
-    if config.get("grounded_heads") is False:
+    if not found.setting("grounded_heads", bool, True):
         raise ValueError(f"{found.place}: heads that do not read drafted tokens are Medusa's; use drafter=medusa")
     return HydraShape(
         hidden=target.hidden_size,
@@ -155,7 +201,7 @@ def _public_shape(found: Checkpoint, target: Target, step: int) -> HydraShape:
         num_layers=(found.count(r"hydra_mlp\.0\.(\d+)\.") + step - 1) // step,
         own_head=found.count(r"hydra_lm_head\.(\d+)\.") > 0,
         prefix=_public_prefix(found, target) if arch == "prefix-mlp" else None,
-        hidden_state_offset=config.get("hidden_state_offset", 0),
+        hidden_state_offset=found.setting("hidden_state_offset", int, 0, least=0),
     )
 
 
@@ -164,7 +210,12 @@ def _public_prefix(found: Checkpoint, target: Target) -> PrefixShape:
     queries, keys, gate = (
         found.shape(f"{_PREFIX}layers.0.{name}_proj.weight")[0] for name in ("self_attn.q", "self_attn.k", "mlp.gate")
     )
-    like = PrefixShape.like(target)
+    like, kind = PrefixShape.like(target), rope_type(target.config)
+    if kind != "default":
+        raise ValueError(
+            f"{found.place}: expected a base with plain rotary positions, which its prefix layer takes over; those of "
+            f"{target.name} are of type {kind!r}"
+        )
     if queries % (2 * like.heads):
         raise ValueError(
             f"{found.place}: expected the prefix layer's queries to be those of the target's {like.heads} attention "

@@ -24,22 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.base import BaseDrafter
+from drafters.base import BaseDrafter, device_of, warn_untrained
 from drafters.causal_layer import GrowingRows, prompt_states
 from drafters.hydra_checkpoint import ARCHES, load, save
 from drafters.hydra_lesson import HydraLesson
 from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, new
-from drafters.medusa_trees import published_paths
+from drafters.medusa_trees import best_paths, published_paths
 from specdec.checkpoints import CONFIG
 from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.selection import top_k
 from specdec.target import Target
-from specdec.templates import Template, best_first, kept_template
+from specdec.templates import Template, kept_template
 from specdec.transfer import upload
 from specdec.tree import TokenTree
 
 NEW = "new"  # in place of a path
+WAY_OUT = "give path=FOLDER_OR_HUB_ID of trained ones (specdec train makes them), or path=new where this is meant"
 DEMO_HEADS = DEMO_FOLDER.parent / "hydra_heads"
 # How often the target says a head's token of rank 0, 1, ..., given that everything above it was right; 5 % less at
 # every depth. Made up so that the best tree of 63 nodes and 4 levels expects 3.3 tokens per pass, which is what Hydra
@@ -56,7 +57,7 @@ class _Level:
         width: children computed for every inner node of the level above.
         places: int64 ``[nodes]``, of each node among those children, ``inner parent * width + rank``.
         inner: int64 ``[m]``, the inner nodes among the nodes of this level.
-        above: int64 ``[m]``, their parents among the inner nodes of the level above.
+        above: int64 ``[m]``, their parents among the inner nodes of the level above; where the heads are.
     """
 
     width: int
@@ -65,14 +66,14 @@ class _Level:
     above: Tensor
 
 
-def _levels(template: Template) -> list[_Level]:
+def _levels(template: Template, heads: torch.device) -> list[_Level]:
     levels, above = [], [0]  # inner nodes of the level above, counted within it
     for depth, (parents, ranks) in enumerate(template.levels):
         width = int(ranks.max()) + 1
         places = torch.tensor([above.index(parent) for parent in parents.tolist()], device=ranks.device)
         deeper = template.levels[depth + 1][0].tolist() if depth + 1 < len(template.levels) else []
         inner = torch.tensor(sorted(set(deeper)), dtype=torch.int64, device=ranks.device)
-        levels.append(_Level(width, places * width + ranks, inner, places[inner]))
+        levels.append(_Level(width, places * width + ranks, inner, places[inner].to(heads)))
         above = inner.tolist()
     return levels
 
@@ -143,22 +144,21 @@ class Hydra(BaseDrafter):
                 return f"heads that can be read for this model; {error}"
         assert self.heads is not None
         self._target, shape = target, self.heads.shape
-        if not 0 <= shape.hidden_state_offset <= target.num_layers:
-            return f"heads that read one of its {target.num_layers} layers, got offset {shape.hidden_state_offset}"
-        self._tap = target.num_layers - shape.hidden_state_offset if shape.hidden_state_offset else "final"
+        self._tap = shape.tap(target)
+        self.heads.to(device_of(target, self._tap))  # training may have moved them
         return self._shape(target, shape.num_heads)
 
     def _shape(self, target: Target, num_heads: int) -> str | None:
         """Choose the tree and plan its levels; says why that cannot be."""
         rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(num_heads)]
-        template = self._chosen or Template.from_paths(best_first(rates, self.num_nodes, num_heads))
+        template = self._chosen or Template.from_paths(best_paths(self.num_nodes, num_heads, target.vocab_size, rates))
         depth = template.topology.max_depth
         if depth > num_heads:
             return f"a tree no deeper than its {num_heads} heads reach, got one of depth {depth}"
         if template.width > target.vocab_size:
             return f"a vocabulary of at least {template.width} tokens, got {target.vocab_size}"
         self.template = template.to(target.device)
-        self._plan = _levels(self.template)
+        self._plan = _levels(self.template, self.heads.device)
         self.needs = Needs(taps=(self._tap,), prompt_states=True, max_nodes=template.num_nodes)
         return None
 
@@ -195,13 +195,14 @@ class Hydra(BaseDrafter):
         if path is None and is_demo(target.model) and (DEMO_HEADS / CONFIG).is_file():
             path = str(DEMO_HEADS)
         if path is not None and path != NEW:
-            self.heads, config, self.ignored = load(path, target)
-            self.acceptance = config.get("acceptance")
+            self.heads, self.acceptance, self.ignored = load(path, target)
             return
         prefix = PrefixShape.like(target) if self.arch == "prefix-mlp" else None
         sizes = target.hidden_size, target.vocab_size, self.num_heads, self.num_layers
         self.heads = new(HydraShape(*sizes, self.own_head, prefix), target, self.seed)
         self.acceptance, self.ignored = None, []
+        if path is None:
+            warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
 
     @torch.inference_mode()
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -225,7 +226,7 @@ class Hydra(BaseDrafter):
         tokens = [state.root[:, None]]
         sums = heads.open(self._states, self._ours(target.embedding(tokens[0])), len(plan))
         for depth, level in enumerate(plan):
-            best = top_k(heads.logits(depth, sums, target), level.width)
+            best = top_k(heads.logits(depth, sums, target), level.width).to(state.root.device)
             tokens.append(best.flatten(1).index_select(1, level.places))
             if depth + 1 < len(plan):
                 inner = self._ours(target.embedding(tokens[-1].index_select(1, level.inner)))
@@ -270,9 +271,9 @@ class Hydra(BaseDrafter):
             self._states = read.gather(1, last[:, None, None].expand(-1, 1, read.shape[2]))
 
     def _ours(self, x: Tensor) -> Tensor:
-        """In the heads' dtype, which is the target's unless they have just learnt."""
+        """Where the heads are, in their dtype, which is the target's unless they have just learnt."""
         assert self.heads is not None
-        return x.to(self.heads.dtype)
+        return x.to(self.heads.device, self.heads.dtype)
 
     def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the protocol's signature
         """Let go of the request."""

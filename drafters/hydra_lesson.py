@@ -73,7 +73,7 @@ class HydraLesson(nn.Module):
         """The loss, and the hits of every head (``specdec.interfaces.Lesson``)."""
         heads, count = self.heads, self.heads.shape.num_heads
         with torch.no_grad():
-            embedded = self._noisy(self.target.embedding(token_ids).float())
+            embedded = self._noisy(self.target.embedding(token_ids).float()).to(states[self.tap].device)
             teacher = self.target.head(states["final"].to(self.target.dtype)) if self.teacher else None
         given = states[self.tap].float()
         if heads.prefix is None:
@@ -107,7 +107,7 @@ class HydraLesson(nn.Module):
         if len(chosen) == 0:  # one position that does not count: every parameter still gets its gradient, zero
             chosen, counts = chosen.new_zeros(1), counts.new_zeros(1, 1)
         x = self.heads.hidden(head, sums.flatten(0, 1)[chosen][None], self._drop)
-        logits = self.heads.score(head, self._drop(x), self.target)
+        logits = self.heads.score(head, self._drop(x), self.target).to(x.device)
         # Where it counts, the label is of the same text, and so is the position before it, whose state predicts it.
         label = (chosen + head + 2).clamp(max=token_ids.numel() - 1)
         before, labels = label - 1, token_ids.flatten()[label][None]
@@ -115,7 +115,8 @@ class HydraLesson(nn.Module):
         if self.labels:
             loss = loss + self.labels * objectives.cross_entropy(logits, labels, counts)
         if teacher is not None:
-            taught = objectives.soft_cross_entropy(logits, teacher.flatten(0, 1)[before][None], counts)
+            p = teacher.flatten(0, 1)[before.to(teacher.device)][None].to(x.device)
+            taught = objectives.soft_cross_entropy(logits, p, counts)
             loss = loss + self.teacher * taught
         if self.reconstruction and final is not None:
             distance = F.smooth_l1_loss(x.float(), final.flatten(0, 1)[before][None].float())

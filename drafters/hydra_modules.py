@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafters.base import device_of
 from drafters.causal_layer import CausalAttention, GrowingRows, RMSNorm
+from specdec.interfaces import Tap
 from specdec.target import Target
 
 INITIAL_STD = 0.02  # of the projections of a new prefix layer
@@ -88,6 +90,18 @@ class HydraShape:
     own_head: bool
     prefix: PrefixShape | None = None
     hidden_state_offset: int = 0
+
+    def tap(self, target: Target) -> Tap:
+        """Where in this target the heads' states come from.
+
+        Raises:
+            ValueError: it has no such layer.
+        """
+        if not 0 <= self.hidden_state_offset <= target.num_layers:
+            raise ValueError(
+                f"expected heads that read one of its {target.num_layers} layers, got offset {self.hidden_state_offset}"
+            )
+        return target.num_layers - self.hidden_state_offset if self.hidden_state_offset else "final"
 
 
 class _FeedForward(nn.Module):
@@ -160,15 +174,20 @@ class HydraHeads(nn.Module):
 
     @classmethod
     def empty(cls, shape: HydraShape, target: Target) -> HydraHeads:
-        """Heads of a shape where the target is and in its dtype, their weights yet to be written."""
+        """Heads of a shape in the target's dtype, where the states that they read arrive; weights yet to be written."""
         with torch.device("meta"):
             heads = cls(shape)
-        return heads.to(target.dtype).to_empty(device=target.device)
+        return heads.to(target.dtype).to_empty(device=device_of(target, shape.tap(target)))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self._slot(0).weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self._slot(0).weight.device
 
     def open(self, states: Tensor, embeddings: Tensor, depth: int) -> Tensor:
         """What the first ``depth`` heads make of the state and the root.
@@ -261,7 +280,7 @@ def new(shape: HydraShape, target: Target, seed: int) -> HydraHeads:
     for parameter in heads.parameters():
         parameter.zero_()
     size = shape.hidden
-    one = torch.eye(size, device=target.device, dtype=target.dtype)
+    one = torch.eye(size, device=heads.device, dtype=target.dtype)
     for head in range(shape.num_heads):
         weight, residual, bias, residual_bias = (torch.zeros_like(part) for part in heads.first_block(head))
         residual[:, :size] = one
@@ -296,7 +315,15 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 
 def _rope_theta(config: Any) -> float:
+    return float(_rope(config).get("rope_theta") or 10000.0)
+
+
+def rope_type(config: Any) -> str:
+    """How a model's config scales its rotary frequencies; ``default`` = not at all."""
+    return _rope(config).get("rope_type") or "default"
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     # Models with windows keep a set of parameters for each kind of layer.
-    parameters = parameters.get("full_attention") or parameters
-    return float(parameters.get("rope_theta") or 10000.0)
+    return parameters.get("full_attention") or parameters

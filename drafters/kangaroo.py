@@ -21,6 +21,7 @@ Shapes: B rows, N nodes, n nodes of a pass, k steps of a draft, H hidden size, V
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.base import BaseDrafter
+from drafters.base import BaseDrafter, device_of, warn_untrained
 from drafters.causal_layer import GrowingRows, prompt_states
 from drafters.kangaroo_adapter import Adapter, AdapterLesson, fresh_adapter, load_adapter, save_adapter
 from drafters.kangaroo_tree import ExpandedTree
@@ -45,6 +46,7 @@ from specdec.tree import TokenTree, root_only
 SHAPES = ("chain", "top_k")
 DEMO_ADAPTER = DEMO_FOLDER.parent / "kangaroo"
 NEW = "new"
+WAY_OUT = "give path=FOLDER_OR_HUB_ID of a trained one (specdec train makes them), or path=new where this is meant"
 _EXIT_LAYER = 2
 
 
@@ -64,6 +66,10 @@ class Kangaroo(BaseDrafter):
         num_nodes: of the tree, root not counted; at least one more than the expanded ones,
             ``width * (num_draft_tokens - 1)``.
         seed: of the random adapter.
+
+    Attributes:
+        adapter: the module, once there is a target.
+        ignored: names in the checkpoint that are not the adapter's, with the reason.
 
     Raises:
         ValueError: an unknown shape, or settings that allow no draft.
@@ -100,6 +106,7 @@ class Kangaroo(BaseDrafter):
         self.tree = ExpandedTree(num_draft_tokens, width, num_nodes) if shape == "top_k" else None
         self.needs = Needs(max_nodes=1 + num_draft_tokens if self.tree is None else self.tree.max_nodes)
         self.adapter: Adapter | None = None
+        self.ignored: list[str] = []
         self._target: Target | None = None
         self._layer = 0
         self._rows: GrowingRows | None = None
@@ -112,7 +119,7 @@ class Kangaroo(BaseDrafter):
             return reason
         if self._target is None or self._target.model is not target.model:  # else what was learnt since stays
             try:
-                adapter, trained = self._load(target)
+                adapter, trained, ignored = self._load(target)
             except (OSError, ValueError) as error:
                 return f"an adapter that can be read; {error}"
             if trained is not None and self.exit_layer not in (None, trained):
@@ -121,10 +128,12 @@ class Kangaroo(BaseDrafter):
             reason = self._why_not_from(target, layer)
             if reason is not None:
                 return reason
+            self._say(target, trained, layer)
             self.adapter, self._layer = adapter.to(target.dtype).requires_grad_(False).eval(), layer
+            self.ignored = ignored
             self.needs = Needs(taps=(layer,), prompt_states=True, max_nodes=self.needs.max_nodes)
         assert self.adapter is not None
-        self.adapter.to(target.router.head.weight.device)
+        self.adapter.to(device_of(target, self._layer))
         self._target = target
         return None
 
@@ -150,6 +159,17 @@ class Kangaroo(BaseDrafter):
         self.num_draft_tokens = chain_length(paths, self.name)
         self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens)
 
+    def _say(self, target: Target, trained: int | None, layer: int) -> None:
+        """Warn of what was decided for the user: a random adapter, or an exit layer that nobody named."""
+        if self._place(target) is None:
+            warn_untrained(self.name, "a random adapter", target, WAY_OUT)
+        elif self.path not in (None, NEW) and trained is None and self.exit_layer is None:
+            warnings.warn(
+                f"the adapter at {self.path} does not say behind which layer it was trained; drafting from "
+                f"exit_layer={layer}. If it was another one, hardly a draft will be accepted: set exit_layer=E",
+                stacklevel=3,
+            )
+
     def _why_too_small(self, target: Target) -> str | None:
         if target.num_layers < 2:
             return f"a model of at least 2 layers, got {target.num_layers}"
@@ -167,13 +187,18 @@ class Kangaroo(BaseDrafter):
             return f"exit_layer < {target.num_layers}, the model's layers; got {layer}"
         return why_not_split(target, layer)
 
-    def _load(self, target: Target) -> tuple[Adapter, int | None]:
-        path = self.path
-        if path is None and is_demo(target.model) and DEMO_ADAPTER.is_dir():
-            path = str(DEMO_ADAPTER)
-        if path is not None and path != NEW:
-            return load_adapter(path, target)
-        return fresh_adapter(target, self.seed), None
+    def _place(self, target: Target) -> str | None:
+        """Where the adapter comes from; None where there is none and nobody asked for a new one."""
+        if self.path is None and is_demo(target.model) and DEMO_ADAPTER.is_dir():
+            return str(DEMO_ADAPTER)
+        return self.path
+
+    def _load(self, target: Target) -> tuple[Adapter, int | None, list[str]]:
+        """The adapter, the exit layer that it was trained for, and what was ignored in its checkpoint."""
+        path = self._place(target)
+        if path is None or path == NEW:
+            return fresh_adapter(target, self.seed), None, []
+        return load_adapter(path, target)
 
     @torch.inference_mode()
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -205,7 +230,7 @@ class Kangaroo(BaseDrafter):
         rows = self._rows
 
         def head(states: Tensor, step: int) -> Tensor:
-            return self._logits(states, *rows.begin(1, step))
+            return self._logits(states, *rows.begin(1, step)).to(state.root.device)
 
         draft = draft_chain(self._target, state, self._route, self.num_draft_tokens, self.confidence, head=head)
         steps = len(draft.ranked)

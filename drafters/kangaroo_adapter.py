@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from drafters.causal_layer import CausalAttention, GrowingRows, RMSNorm
 from specdec import checkpoints
+from specdec.checkpoints import Checkpoint
 from specdec.interfaces import Tap
 from specdec.selection import argmax
 from specdec.target import Target
@@ -90,7 +91,7 @@ def _heads(target: Target) -> int:
     return next(heads for heads in range(target.config.num_attention_heads, 0, -1) if hidden % (2 * heads) == 0)
 
 
-def load_adapter(path: str, target: Target) -> tuple[Adapter, int | None]:
+def load_adapter(path: str, target: Target) -> tuple[Adapter, int | None, list[str]]:
     """Read an adapter, saved here or published by the authors.
 
     Args:
@@ -98,33 +99,48 @@ def load_adapter(path: str, target: Target) -> tuple[Adapter, int | None]:
         target: that it must be made for.
 
     Returns:
-        the adapter, and the exit layer that it was trained for (published ones do not say).
+        the adapter, the exit layer that it was trained for (published ones do not say), and the keys that were ignored,
+        with the reasons.
 
     Raises:
         FileNotFoundError: nothing to read.
-        ValueError: another base, a key or shape that does not fit, or a file that cannot be read.
+        ValueError: another base, a key or shape that does not fit, a config with values of another kind than expected,
+            or a file that cannot be read.
     """
     found = checkpoints.read(path)
-    reason = _why_other_base(found.config, target)
+    reason = _why_other_base(found, target)
     if reason is not None:
         raise ValueError(f"expected {reason}")
-    heads = found.config.get("num_attention_heads", target.config.num_attention_heads)
-    rope = found.config.get("rope_parameters") or found.config
-    adapter = Adapter(
-        target.hidden_size, heads, found.config.get("rms_norm_eps", 1e-6), rope.get("rope_theta", 10000.0)
-    )
+    heads = found.setting("num_attention_heads", int, target.config.num_attention_heads, least=1)
+    layer = found.setting("exit_layer", int, None, least=1)
+    eps = found.setting("rms_norm_eps", float, 1e-6, least=0)
+    adapter = Adapter(target.hidden_size, heads, eps, _rope_theta(found))
     found.ignore(r"(.*\.)?rotary_emb\.inv_freq", "rotary frequencies follow from the config")
     published = any(key.startswith("layers.") for key in found.keys)
     found.fill(adapter, {name: _published(name) if published else name for name, _ in adapter.named_parameters()})
     found.close()
-    return adapter, found.config.get("exit_layer")
+    return adapter, layer, found.ignored
 
 
-def _why_other_base(config: Mapping[str, Any], target: Target) -> str | None:
+def _rope_theta(found: Checkpoint) -> float:
+    """Base of the rotary frequencies, which stand in the config by themselves or among ``rope_parameters``."""
+    within = "rope_parameters." if found.setting("rope_parameters", dict, None) else ""
+    kind = found.setting(within + "rope_type", str, "default") if within else "default"
+    theta = found.setting(within + "rope_theta", float, 10000.0)
+    if kind != "default" or theta <= 0:
+        raise ValueError(
+            f"{found.place}: expected plain rotary positions (rope_type default) with rope_theta > 0, got rope_type "
+            f"{kind} and rope_theta {theta}"
+        )
+    return theta
+
+
+def _why_other_base(found: Checkpoint, target: Target) -> str | None:
     for key, ours in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
-        if config.get(key, ours) != ours:
-            return f"an adapter for this model; this one is for one with {key}={config[key]}, not {ours}"
-    return checkpoints.why_other_base(config, target)
+        said = found.setting(key, int, ours)
+        if said != ours:
+            return f"an adapter for this model; this one is for one with {key}={said}, not {ours}"
+    return checkpoints.why_other_base(found.config, target)
 
 
 def _published(name: str) -> str:
@@ -206,9 +222,9 @@ class AdapterLesson(nn.Module):
         where = wanted_ahead(positions, wanted, 1)
         hidden = self.adapter(states[self._layer], positions, same_text(positions))
         # The vocabulary is wide, and what is not wanted need not be multiplied by it.
-        logits = self._target.head(hidden[where][None].to(self._target.dtype))
+        logits = self._target.head(hidden[where][None].to(self._target.dtype)).to(hidden.device)
         with torch.no_grad():
-            teacher = self._target.head(states["final"][where][None])
+            teacher = self._target.head(states["final"][where][None]).to(hidden.device)
         judged = where[where][None]
         loss = soft_cross_entropy(logits, teacher, judged)
         return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged])

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.base import BaseDrafter
+from drafters.base import BaseDrafter, device_of, warn_untrained
 from drafters.medusa_heads import FILES, WITHIN_MODEL, MedusaHeads, MedusaLesson, export, load_heads, new_heads
 from drafters.medusa_joint import JointLesson
-from drafters.medusa_trees import best_paths, published_paths
+from drafters.medusa_trees import best_paths, published_paths, remembered
 from specdec import checkpoints
 from specdec.checkpoints import BASE, Checkpoint
 from specdec.interfaces import DecodeState, Lesson, Needs, Prefill, Verification
@@ -34,6 +34,7 @@ from specdec.tree import TokenTree
 
 DEMO_HEADS = DEMO_FOLDER.parent / "medusa"
 NEW = "new"
+WAY_OUT = "give path=FOLDER_OR_HUB_ID of trained ones (specdec train makes them), or path=new where this is meant"
 
 
 class Medusa(BaseDrafter):
@@ -101,7 +102,7 @@ class Medusa(BaseDrafter):
                 return reason
         assert self.heads is not None
         self._target = target
-        self.heads.to(target.router.head.weight.device)
+        self.heads.to(device_of(target, "final"))  # training may have moved them
         return self._shape(self.heads, target)
 
     def _load(self, target: Target) -> str | None:
@@ -109,14 +110,17 @@ class Medusa(BaseDrafter):
         if path is None and is_demo(target.model) and DEMO_HEADS.is_dir():
             path = str(DEMO_HEADS)
         if path is None or path == NEW:
-            self.heads = new_heads(target, *self._new)
+            self.heads, self.acceptance, self.ignored = new_heads(target, *self._new), None, []
+            if path is None:
+                warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
             return None
         checkpoint = checkpoints.read(path, FILES, WITHIN_MODEL)
-        reason = checkpoints.why_other_base(_stated(checkpoint, path), target)
+        reason = _why_other_base(checkpoint, path, target)
         if reason is not None:
             return reason
-        self.acceptance = _rates(checkpoint)
-        self.heads, self.ignored = load_heads(checkpoint, target), checkpoint.ignored
+        heads = load_heads(checkpoint, target)
+        rates = remembered(checkpoint, heads.num_heads)
+        self.heads, self.acceptance, self.ignored = heads, rates, checkpoint.ignored
         return None
 
     def _shape(self, heads: MedusaHeads, target: Target) -> str | None:
@@ -133,7 +137,7 @@ class Medusa(BaseDrafter):
         self.template = template.to(target.device)
         self.needs = _needs(template.num_nodes)
         places = (template.topology.depths[0] - 1) * template.width + template.ranks
-        self._places = places[1:].to(target.router.head.weight.device)
+        self._places = places[1:].to(target.device)
         return None
 
     @property
@@ -181,7 +185,7 @@ class Medusa(BaseDrafter):
         best = top_k(logits, template.width)
         if self.heads.token_map is not None:
             best = self.heads.token_map[best]
-        tokens = best.flatten(1).index_select(1, self._places).to(state.root.device)
+        tokens = best.to(state.root.device).flatten(1).index_select(1, self._places)
         tokens = torch.cat([state.root[:, None], tokens], dim=1)
         return TokenTree(tokens, template.topology, sources=(self.name,), rank=template.ranks[None])
 
@@ -237,19 +241,18 @@ def _needs(max_nodes: int) -> Needs:
     return Needs(taps=("final",), prompt_states=True, max_nodes=max_nodes)
 
 
-def _stated(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
-    """What a checkpoint says of its base; heads within a whole model are for that very model."""
+def _why_other_base(checkpoint: Checkpoint, path: str, target: Target) -> str | None:
+    """Why these heads are not this target's; None where they may be.
+
+    Heads within a whole model are for that very model, whatever model its config says that it was made from.
+    """
     if not checkpoint.in_whole_model:
-        return checkpoint.config
+        return checkpoints.why_other_base(checkpoint.config, target)
     place = Path(path).expanduser()
-    return {BASE: str(place.parent) if place.is_file() else path, **checkpoint.config}
-
-
-def _rates(checkpoint: Checkpoint) -> list[list[float]] | None:
-    """The accuracies that trained heads remember: ``[d][r]``, how often the token of rank r of head d was right."""
-    rates = checkpoint.config.get("acceptance")
-    if rates is None:
+    whole = str(place.parent) if place.is_file() else path
+    if checkpoints.why_other_base({BASE: whole}, target) is None:
         return None
-    if not isinstance(rates, Sequence) or not rates or not all(isinstance(row, Sequence) and row for row in rates):
-        raise ValueError(f"{checkpoint.place}: expected acceptance as a list of rates for every head, got {rates!r}")
-    return [[float(rate) for rate in row] for row in rates]
+    return (
+        f"heads of its own; those at {whole} are part of the model there, which is their target (target=hf "
+        f"target.path={whole}); got {checkpoints.base_of(target)[BASE]}"
+    )

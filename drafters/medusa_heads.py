@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drafters.base import device_of
 from specdec import checkpoints
 from specdec.checkpoints import BASE, WEIGHTS, Checkpoint
 from specdec.interfaces import Tap
@@ -103,18 +104,18 @@ class MedusaHeads(nn.Module):
         return torch.bmm(states.transpose(0, 1), self.output[:count].transpose(1, 2)).transpose(0, 1)
 
     def logits_of(self, head: int, x: Tensor, target: Target) -> Tensor:
-        """``[M, H]`` -> ``[M, C]`` of a single head."""
+        """``[M, H]`` -> ``[M, C]`` of a single head, where ``x`` is."""
         states = self.one(head, x)
         if self.output is None:
-            return target.head(states.to(target.dtype)[None])[0]
+            return target.head(states.to(target.dtype)[None])[0].to(x.device)
         return F.linear(states, self.output[head])
 
 
 def new_heads(target: Target, num_heads: int, num_layers: int, own_head: bool) -> MedusaHeads:
     """Heads that know nothing yet: each says what the target's head says."""
-    output = target.router.head.weight
+    output, device = target.router.head.weight, device_of(target, "final")
     choices = target.vocab_size if own_head else None
-    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, dtype=target.dtype, device=output.device)
+    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, dtype=target.dtype, device=device)
     if heads.output is not None:
         with torch.no_grad():
             heads.output.copy_(output.expand_as(heads.output))
@@ -171,7 +172,7 @@ def load_heads(checkpoint: Checkpoint, target: Target) -> MedusaHeads:
     if num_layers == 0 and not own:
         raise ValueError(f"{checkpoint.place}: expected blocks or output heads; found neither")
     tokens = _token_map(checkpoint, names.prefix + "token_map", target)
-    hidden, device = target.hidden_size, target.router.head.weight.device
+    hidden, device = target.hidden_size, device_of(target, "final")
     choices = None if not own else target.vocab_size if tokens is None else len(tokens)
     heads = MedusaHeads(num_heads, num_layers, hidden, choices, dtype=target.dtype, device=device)
     heads.token_map = None if tokens is None or not own else tokens.to(device)
@@ -305,7 +306,7 @@ def judged(
 @torch.no_grad()
 def _argmax(target: Target, states: Tensor) -> Tensor:
     """int64 ``[B, T]``: the target's own next tokens, row by row, as all logits at once may not fit."""
-    return torch.stack([target.head(row[None].to(target.dtype))[0].argmax(-1) for row in states])
+    return torch.stack([target.head(row[None].to(target.dtype))[0].argmax(-1).to(row.device) for row in states])
 
 
 def check_common(decay: float, labels: str) -> None:

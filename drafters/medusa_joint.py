@@ -33,7 +33,7 @@ from specdec import capabilities
 from specdec.checkpoints import CONFIG
 from specdec.interfaces import Tap
 from specdec.target import Target
-from specdec.training.objectives import ahead, cross_entropy, wanted_ahead
+from specdec.training.objectives import ahead, cross_entropy, shared, wanted_ahead
 
 SCHEDULES = ("constant", "linear", "sine", "sine_R (such as sine_0.1)")
 _ADAPTER = "default"
@@ -85,7 +85,8 @@ class JointLesson(nn.Module):
 
     Raises:
         ImportError: there is no peft.
-        ValueError: an option out of range, no such modules, or a model that has adapters already.
+        ValueError: an option out of range, no such modules, a model that has adapters already, or one that lies on
+            several devices.
     """
 
     taps: tuple[Tap, ...] = ()
@@ -115,6 +116,12 @@ class JointLesson(nn.Module):
             )
         self.heads, self.decay, self.weight, self.schedule = heads, decay, weight, schedule
         self.distill, self.heads_lr, self.progress = distill, heads_lr, 0.0
+        places = sorted({str(parameter.device) for parameter in target.model.parameters()})
+        if len(places) > 1:
+            raise ValueError(
+                f"joint training moves what it trains to one device; expected a target on one, got one on "
+                f"{', '.join(places)}: leave target.device_map out, or train the heads alone (recipe=medusa_1)"
+            )
         self._layers = _adapt(target, {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}, modules, seed)
         # Made anew, because the output head may be wrapped by now.
         self._target = Target(target.model)
@@ -142,9 +149,9 @@ class JointLesson(nn.Module):
         with self._target.router.taps(("final",)) as recorded:
             logits = model(**inputs).logits
         if teacher is None:
-            base = cross_entropy(logits, ahead(token_ids, 1), where)
+            base = shared(cross_entropy(logits, ahead(token_ids, 1), where), where.sum())
         else:
-            base = _divergence(teacher, logits[where])
+            base = shared(_divergence(teacher, logits[where]), where.sum())
         batch = (token_ids, positions, wanted)
         learnt = judged(self.heads, self._target, recorded["final"][0], batch, self.decay)
         heads = learnt["loss"]

@@ -1,4 +1,5 @@
-"""The static trees of Medusa (2401.10774): those that its authors published, and the best one for known accuracies.
+"""The static trees of Medusa (2401.10774), which Hydra's heads fill too: those that its authors published, and the best
+one for known accuracies.
 
 All published trees have 63 nodes and need four heads (``vicuna_33b_stage1`` three). They were grown by adding, again
 and again, the node most likely to be accepted according to the accuracies of one model's heads on one set of prompts;
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from specdec.checkpoints import Checkpoint
 from specdec.templates import best_first
 
 # Children by rank path of the parent; "-" is the root.
@@ -53,6 +55,8 @@ PUBLISHED = tuple(_PUBLISHED)
 _TOP_1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 _FALL = (2.17, 1.47, 1.17, 0.98, 0.83)
 _RANKS = 10
+# What was never right on a few texts is still a candidate, the last of all.
+_RARE = 1e-6
 
 
 def published_paths(name: str) -> list[tuple[int, ...]]:
@@ -72,6 +76,23 @@ def published_accuracies() -> list[list[float]]:
     return [[top * rank**-fall for rank in range(1, _RANKS + 1)] for top, fall in zip(_TOP_1, _FALL, strict=True)]
 
 
+def remembered(checkpoint: Checkpoint, num_heads: int) -> list[list[float]] | None:
+    """The accuracies in a checkpoint's config, ``[d][r]``, how often the token of rank r of head d was right, if any.
+
+    Raises:
+        ValueError: they are no shares, or not of this many heads.
+    """
+    rates = checkpoint.setting("acceptance", list[list[float]], None)
+    if rates is None:
+        return None
+    if len(rates) != num_heads or not all(0 <= rate <= 1 for row in rates for rate in row):
+        raise ValueError(
+            f"{checkpoint.place}: expected 'acceptance' to have shares between 0 and 1 for each of the {num_heads} "
+            f"heads, got {rates!r:.80}"
+        )
+    return rates
+
+
 def best_paths(
     num_nodes: int, num_heads: int, num_choices: int, acceptance: Sequence[Sequence[float]] | None = None
 ) -> list[tuple[int, ...]]:
@@ -84,4 +105,5 @@ def best_paths(
         acceptance: ``[d][r]``, how often the token of rank r of head d is the right one; None = as published.
     """
     accuracies = acceptance or published_accuracies()
-    return best_first([row[:num_choices] for row in accuracies], num_nodes, max_depth=num_heads)
+    rates = [[max(rate, _RARE) for rate in row[:num_choices]] for row in accuracies]
+    return best_first(rates, num_nodes, max_depth=num_heads)

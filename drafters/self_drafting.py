@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specdec.interfaces import DecodeState
 from specdec.routing import Route
-from specdec.selection import argmax, top_k
+from specdec.selection import argmax, on_host, top_k
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, Topology, chain
@@ -104,8 +104,12 @@ def draft_chain(
 
 
 def _read(best: Tensor, logits: Tensor) -> tuple[list[int], list[float]]:
-    """The tokens ``[B]`` and their probabilities, in one device-to-host copy."""
+    """The most likely tokens ``[B]`` of ``logits [B, V]`` and their probabilities, in one device-to-host copy."""
     logits = logits.float()
+    if on_host(logits):
+        scores = logits.numpy()
+        # One over the sum of what all others have beside the best.
+        return best.tolist(), (1 / np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, dtype=np.float64)).tolist()
     log_probability = logits.gather(1, best[:, None]).squeeze(1) - logits.logsumexp(-1)
     tokens, probabilities = torch.stack((best.double(), log_probability.exp().double())).tolist()
     return [int(token) for token in tokens], probabilities
@@ -155,6 +159,11 @@ def comb_tree(root: Tensor, draft: Draft, widths: Sequence[Sequence[int]], name:
         propose are padding.
     """
     steps, lengths = len(draft.ranked), draft.lengths
+    if all(width == 1 for step in widths for width in step) and min(lengths) == steps:
+        # A chain that all rows stand by to its end, which is every draft of one row: nothing to lay out.
+        shape = comb((1,) * steps, root.device)
+        token_ids = torch.cat([root[:, None], *(ranked[:, :1] for ranked in draft.ranked)], dim=1)
+        return TokenTree(token_ids, shape.topology, sources=(name,), rank=shape.rank)
     rows = range(len(lengths))
     shape = comb(tuple(max(widths[s][b] for b in rows if lengths[b] > s) for s in range(steps)), root.device)
     columns = [root[:, None], *(ranked[:, :1] for ranked in draft.ranked)]

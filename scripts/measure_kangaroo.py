@@ -118,7 +118,7 @@ def main() -> None:
     for name in arguments.target:
         torch.manual_seed(0)
         model = deep_llama() if name == "deep" else demo_target("bfloat16").model
-        path = arguments.path if name == "demo" else None
+        path = arguments.path if name == "demo" else "new"
         results[name] = measure(name, model, arguments.lengths, arguments.repeats, path)
     provenance = {"threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": arguments.repeats}
     console.out(json.dumps({**results, **provenance}), highlight=False)

@@ -25,10 +25,11 @@ from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Drafter
 from specdec.metrics import SpeculationStats
 from specdec.tree import PADDING
-from zoo import PAD, VOCAB, build
+from zoo import PAD, VOCAB, build, untrained
 from zoo import prompts as random_prompts
 
 DRAFTERS = choices("drafter")
+pytestmark = untrained(*DRAFTERS)  # the families here are tiny random models, for which nobody trained anything
 FAMILIES = ("llama", "gemma3_text", "gpt2")
 NEW_TOKENS = 24
 CLOSE = 1e-4

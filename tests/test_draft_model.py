@@ -28,10 +28,12 @@ from specdec.loading import demo_target
 from specdec.target import PassOutput, Target
 from specdec.tree import WITH_REPLACEMENT, WITHOUT_REPLACEMENT, TokenTree
 from test_law import p_value, sample, toy_model
-from zoo import PAD, REFUSED, VOCAB, build
+from zoo import PAD, REFUSED, VOCAB, build, untrained
 from zoo import prompts as random_prompts
 
 SIZES: dict[str, Any] = {"depth": 3, "width": 2, "num_nodes": 5, "branching": [2, 1, 1]}
+pytestmark = untrained("draft_model")
+
 NEW_TOKENS = 20
 CLOSE = 1e-4
 

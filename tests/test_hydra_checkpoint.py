@@ -22,6 +22,9 @@ from drafters.hydra_modules import HydraHeads
 from specdec.checkpoints import CONFIG, WEIGHTS
 from specdec.target import Target
 from specdec.training.objectives import same_text
+from zoo import untrained
+
+pytestmark = untrained("hydra_heads")
 
 CLOSE = 1e-5
 HIDDEN, VOCAB, HEADS, LAYERS = 32, 48, 3, 3
@@ -263,6 +266,11 @@ def test_refusals(tmp_path: Path) -> None:
     odd = "prefix_embeding_layer.layers.0.self_attn.q_proj.weight"
     rewrite(folder, lambda weights: weights.update({odd: torch.zeros(20, HIDDEN)}))
     assert "4 attention heads, of an even size each; got 20 rows" in refusal(folder, target)
+    publish(folder, "prefix-mlp", target)
+    scaled = target_of(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0})
+    assert "which its prefix layer takes over; those of LlamaForCausalLM are of type 'linear'" in refusal(
+        folder, scaled
+    )
 
 
 def test_truncated_files(tmp_path: Path) -> None:
@@ -301,6 +309,68 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_loading_by_hand(tmp_path: Path) -> None:
     target = target_of()
-    drafter_of(target, num_heads=2, num_layers=1).save(tmp_path)
-    heads, config, ignored = load(str(tmp_path), target)
-    assert (heads.shape.num_heads, config["arch"], ignored) == (2, "prefix-mlp", [])
+    drafter = drafter_of(target, num_heads=2, num_layers=1)
+    drafter.acceptance = [[0.5, 0.25], [0.4, 0.1]]
+    drafter.save(tmp_path)
+    heads, rates, ignored = load(str(tmp_path), target)
+    assert heads.shape == heads_of(drafter).shape
+    assert (rates, ignored) == (drafter.acceptance, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_heads": "2"}, "expected 'num_heads' in its config.json to be a whole number of at least 1, got '2'"),
+        ({"num_heads": 10**9}, "expected num_heads=2, as its weights have them; got 1000000000"),
+        ({"num_layers": 7}, "expected num_layers=2, as its weights have them; got 7"),
+        ({"own_head": 0}, "expected 'own_head' in its config.json to be true or false, got 0"),
+        ({"own_head": True}, "expected a key outputs.0.weight"),
+        ({"acceptance": [0.5, 0.4]}, "expected 'acceptance' in its config.json to be a list of lists of numbers"),
+        ({"acceptance": [[0.5]]}, "shares between 0 and 1 for each of the 2 heads, got [[0.5]]"),
+        ({"hidden_state_offset": -1}, "expected 'hidden_state_offset' in its config.json to be a whole number of at"),
+        ({"prefix": [4, 2]}, "expected 'prefix' in its config.json to be an object, got [4, 2]"),
+        ({"prefix": {"heads": 4, "width": 3}}, "'prefix' in its config.json has no width"),
+        ({"prefix": {"heads": 4}}, "expected 'prefix.kv_heads' in its config.json, a whole number of at least 1; got"),
+        (
+            {"prefix": {"heads": 4, "kv_heads": 3, "head_dim": 8, "intermediate": 40}},
+            "a multiple of kv_heads for heads",
+        ),
+        (
+            {"prefix": {"heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 10**9}},
+            "gate_proj.weight of shape [1000",
+        ),
+    ],
+)
+def test_wrong_values_in_our_config(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Anybody may have edited it; what does not fit the weights is told before memory is made for it."""
+    target = target_of()
+    drafter_of(target, num_heads=2, num_layers=2).save(tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(written | config))
+    assert said in refusal(tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hydra_head_arch": ["mlp"]}, "expected 'hydra_head_arch' in its config.json to be a text, got ['mlp']"),
+        ({"grounded_heads": "yes"}, "expected 'grounded_heads' in its config.json to be true or false, got 'yes'"),
+        ({"hidden_state_offset": "1"}, "expected 'hidden_state_offset' in its config.json to be a whole number"),
+    ],
+)
+def test_wrong_values_in_a_published_config(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    target = target_of()
+    publish(tmp_path, "mlp", target, **config)
+    assert said in refusal(tmp_path, target)
+
+
+def test_another_model_gets_nothing_of_the_first_ones(tmp_path: Path) -> None:
+    target = target_of()
+    publish(tmp_path, "mlp", target, acceptance=[[0.5]] * HEADS)
+    drafter = Hydra(path=str(tmp_path))
+    assert drafter.fit(target) is None
+    assert (drafter.acceptance, len(drafter.ignored)) == ([[0.5]] * HEADS, 1)
+    drafter_of(target).save(tmp_path / "ours")
+    drafter.path = str(tmp_path / "ours")
+    assert drafter.fit(target_of()) is None
+    assert (drafter.acceptance, drafter.ignored) == (None, [])

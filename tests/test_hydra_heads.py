@@ -27,8 +27,10 @@ from specdec.target import Target
 from specdec.templates import Template
 from specdec.training.objectives import same_text
 from specdec.tree import TokenTree
-from zoo import PAD, VOCAB, build
+from zoo import PAD, VOCAB, build, untrained
 from zoo import prompts as random_prompts
+
+pytestmark = untrained("hydra_heads")
 
 CLOSE = 1e-4
 NEW_TOKENS = 20

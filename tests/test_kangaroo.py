@@ -31,7 +31,9 @@ from specdec.target import Target
 from specdec.training.objectives import wanted_ahead
 from specdec.tree import PADDING, TokenTree
 from sublayers import Call, counting
-from zoo import HIDDEN, VOCAB, build, prompts
+from zoo import HIDDEN, VOCAB, build, prompts, untrained
+
+pytestmark = untrained("kangaroo")
 
 LAYERS, NEW_TOKENS, E = 4, 18, 2
 CLOSE = 1e-4
@@ -503,13 +505,18 @@ def test_the_authors_layout(tmp_path: Path) -> None:
     folder = published(tmp_path, frequencies)
     model = build("llama")
     expected = text_of(model, 1)
-    drafter = bound(model, path=str(folder))
+    with pytest.warns(
+        UserWarning, match="does not say behind which layer .* from exit_layer=2. If .* set exit_layer=E"
+    ):
+        drafter = bound(model, path=str(folder))
     adapter = adapter_of(drafter)
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     assert torch.equal(adapter.self_attn.o_proj.weight, weights["layers.0.self_attn.o_proj.weight"])
     assert torch.equal(adapter.norm.weight, weights["norm.weight"])
     assert (adapter.heads, adapter.norm.eps, drafter.needs.taps) == (8, 1e-5, (2,))
+    assert drafter.ignored == [f"{next(iter(frequencies))} (rotary frequencies follow from the config)"]
     assert text_of(model, 1).tolist() == expected.tolist()
+    assert bound(model, path=str(folder), exit_layer=1).needs.taps == (1,), "named by the user: nothing to warn of"
     drafter.save(tmp_path / "again", "kangaroo")
     written = torch.load(tmp_path / "again" / "pytorch_model.bin", weights_only=True)
     assert written.keys() == weights.keys() - frequencies.keys()
@@ -526,6 +533,27 @@ def test_the_authors_layout(tmp_path: Path) -> None:
         ({"vocab_size": 32000}, {}, "vocab_size=32000, not 97"),
         ({"base_num_layers": 32, "base_model_name_or_path": "vicuna"}, {}, "is for vicuna with num_layers=32, not 4"),
         ({"num_attention_heads": 5}, {}, "heads of an even size; got 5 for a hidden size of 32"),
+        (
+            {"num_attention_heads": "8"},
+            {},
+            "'num_attention_heads' in its config.json to be a whole number of at least 1",
+        ),
+        ({"hidden_size": "32"}, {}, "'hidden_size' in its config.json to be a whole number, got '32'"),
+        ({"exit_layer": "2"}, {}, "'exit_layer' in its config.json to be a whole number of at least 1, got '2'"),
+        ({"exit_layer": 0}, {}, "'exit_layer' in its config.json to be a whole number of at least 1, got 0"),
+        ({"rms_norm_eps": [1e-6]}, {}, "'rms_norm_eps' in its config.json to be a number of at least 0"),
+        ({"rope_parameters": 10000.0}, {}, "'rope_parameters' in its config.json to be an object, got 10000.0"),
+        (
+            {"rope_parameters": {"rope_theta": "1"}},
+            {},
+            "'rope_parameters.rope_theta' in its config.json to be a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            {},
+            "plain rotary positions .* got rope_type yarn",
+        ),
+        ({"rope_theta": 0}, {}, "plain rotary positions .* got rope_type default and rope_theta 0"),
         ({}, {"layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, r"does not know: layers\.0\.mlp\.up_proj"),
         ({}, {"norm.weight": torch.zeros(64)}, r"norm\.weight of shape \[32\], got \[64\]"),
     ],

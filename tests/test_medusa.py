@@ -24,8 +24,10 @@ from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Trainable
 from specdec.target import Target
 from specdec.templates import Template
-from zoo import HIDDEN, PAD, VOCAB, build
+from zoo import HIDDEN, PAD, VOCAB, build, untrained
 from zoo import prompts as random_prompts
+
+pytestmark = untrained("medusa")
 
 CHAIN = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
 CLOSE = 1e-4
@@ -123,15 +125,19 @@ def test_accuracies_behind_the_default_tree() -> None:
 
 
 def test_trees_follow_the_accuracies_that_heads_remember() -> None:
-    drafter = Medusa(num_nodes=4)
+    target = target_of(model_of("llama"))
+    drafter = fitted(model_of("llama"), num_nodes=4)
     drafter.acceptance = [[0.9, 0.05], [0.9, 0.05], [0.9, 0.05], [0.9, 0.05]]
-    assert drafter.fit(target_of(model_of("llama"))) is None
+    assert drafter.fit(target) is None
     assert drafter.template.topology.parents.tolist() == [[0, 0, 1, 2, 3]]
-    drafter = Medusa(num_nodes=4)
     drafter.acceptance = [[0.3, 0.29, 0.28, 0.01], [0.1]]
-    assert drafter.fit(target_of(model_of("llama"))) is None
+    assert drafter.fit(target) is None
     assert drafter.template.topology.parents.tolist() == [[0, 0, 0, 0, 1]]
     assert drafter.needs.max_nodes == 5
+    # Of a few held-out texts none may have had the token of some rank: the tree is full all the same.
+    drafter.acceptance = [[0.0, 0.1], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    assert drafter.fit(target) is None
+    assert drafter.template.num_nodes == 5
 
 
 @pytest.mark.parametrize(
@@ -447,8 +453,10 @@ def test_what_was_learnt_stays_with_the_model() -> None:
     kept = {name: tensor.clone() for name, tensor in heads_of(drafter).state_dict().items()}
     specdec.restore(specdec.speculate(model, drafter))
     assert all(torch.equal(kept[name], tensor) for name, tensor in heads_of(drafter).state_dict().items())
+    drafter.acceptance, drafter.ignored = [[0.9]] * 4, ["something"]
     specdec.restore(specdec.speculate(build("gpt2"), drafter))
     assert not any(tensor.any() for tensor in heads_of(drafter).state_dict().values()), "another model, new heads"
+    assert (drafter.acceptance, drafter.ignored) == (None, []), "and nothing of the old ones"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,7 +23,9 @@ from drafters.medusa_heads import MedusaHeads
 from specdec import checkpoints
 from specdec.loading import demo_target
 from test_medusa import heads_of, inputs_of, shake, target_of
-from zoo import HIDDEN, VOCAB, build
+from zoo import HIDDEN, VOCAB, build, untrained
+
+pytestmark = untrained("medusa")
 
 Weights = dict[str, Tensor]
 
@@ -321,10 +323,22 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     evil = write(tmp_path / "evil", {}, {}, "medusa_lm_head.pt")
     torch.save({"0.0.linear.weight": torch.zeros(2), "code": Path("x")}, evil / "medusa_lm_head.pt")
     assert "what needs more is not loaded" in refusal(evil)
-    trained().save(tmp_path / "rates")
-    config = tmp_path / "rates" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"acceptance": 0.5}))
-    assert "expected acceptance as a list of rates" in refusal(tmp_path / "rates")
+
+
+@pytest.mark.parametrize("rates", [0.5, [], [[0.5], []], [["0.5"]] * 4, [[0.5]] * 3, [[0.5], [1.5], [0.5], [0.5]]])
+def test_accuracies_of_another_shape(rates: Any, tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"acceptance": rates}))
+    reason = refusal(tmp_path)
+    assert reason.startswith(f"heads that can be read; path={str(tmp_path)!r}: {tmp_path}: expected 'acceptance'")
+    assert repr(rates) in reason
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    trained().save(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    assert "config.json: expected a JSON object, got list" in refusal(tmp_path)
 
 
 def whole_model(folder: Path, suffix: str) -> tuple[Path, Weights]:
@@ -354,7 +368,19 @@ def test_heads_within_a_whole_model(suffix: str, tmp_path: Path) -> None:
         "model.norm.weight (of the whole model, not of the drafter)",
     ]
     other, _ = whole_model(tmp_path / "other-model", suffix)
-    assert "a checkpoint for org/tiny-base; this one is for" in refusal(other)
+    assert f"those at {other} are part of the model there" in refusal(other)
+    assert f"target.path={other}); got org/tiny-base" in refusal(other)
+
+
+def test_heads_within_a_model_are_not_for_what_it_was_made_from(tmp_path: Path) -> None:
+    """A config may go on naming the base of the fine-tuned model; its heads are for what the base has become."""
+    folder, _ = whole_model(tmp_path / "tuned", ".safetensors")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "org/tiny-base"}))
+    assert "those at" in refusal(folder)
+    model = build("llama")
+    model.config._name_or_path = str(folder)
+    assert Medusa(str(folder)).fit(target_of(model)) is None
 
 
 def test_other_drafters_read_all_of_a_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("specdec", "drafters", "verifiers")
+MODELS = ("target", "draft", "medusa", "hydra_heads", "kangaroo")
 LEFT_BEHIND = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "outputs", "multirun")
 
 
@@ -46,6 +47,9 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     expected = {name for package in PACKAGES for name in files(ROOT / package, "*", package)}
     expected |= files(ROOT / "conf", "*.yaml", "specdec/conf")
     assert held - metadata == expected
+    shipped = ("README.md", "config.json", "model.safetensors")
+    assert held >= {f"specdec/demo/{name}/{file}" for name in MODELS for file in shipped}
+    assert held >= {f"specdec/demo/{name}/provenance.json" for name in ("medusa", "hydra_heads", "kangaroo")}
     assert {name.rpartition("/")[2] for name in metadata} >= {"METADATA", "LICENSE", "entry_points.txt"}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import specdec
+from drafters import self_drafting
 from drafters.base import BaseDrafter
 from drafters.early_exit import EarlyExit
 from drafters.self_drafting import Draft, comb, comb_tree, draft_chain
@@ -44,6 +45,32 @@ def test_rows_that_stop_earlier_or_are_narrower_get_padding() -> None:
     full = comb_tree(torch.tensor([1]), Draft([ranked[0][:1]], [], [1], []), [[2]], "comb")
     assert full.role is None
     assert full.token_ids.tolist() == [[1, 10, 11]]
+
+
+def test_chains_that_every_row_stands_by() -> None:
+    ranked = [torch.tensor([[10, 11], [20, 21]]), torch.tensor([[13, 14], [23, 24]])]
+    tree = comb_tree(torch.tensor([1, 2]), Draft(ranked, [], [2, 2], []), [[1, 1], [1, 1]], "comb")
+    tree.check()
+    assert tree.topology is comb((1, 1), CPU).topology
+    assert (tree.token_ids.tolist(), tree.role) == ([[1, 10, 13], [2, 20, 23]], None)
+    assert tree.rank is not None
+    assert tree.rank.tolist() == [[0, 0, 0]]
+    short = comb_tree(torch.tensor([1, 2]), Draft(ranked, [], [2, 1], []), [[1, 1], [1, 1]], "comb")
+    assert short.role is not None
+    assert short.role.tolist() == [[CANDIDATE] * 3, [CANDIDATE, CANDIDATE, PADDING]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_how_sure_the_draft_is(on_host: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The softmax of its best token, by numpy where the logits are on the host, by torch elsewhere."""
+    monkeypatch.setattr(self_drafting, "on_host", lambda _: on_host)
+    logits = (8 * torch.randn(3, 97, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[2, 5:] = -torch.inf
+    best = logits.argmax(-1)
+    tokens, sure = self_drafting._read(best, logits)
+    assert tokens == best.tolist()
+    assert sure == pytest.approx(logits.float().softmax(-1).amax(-1).tolist(), rel=1e-6)
 
 
 class Watched(BaseDrafter):

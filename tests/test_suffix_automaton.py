@@ -33,7 +33,7 @@ from specdec.metrics import SpeculationStats, ends_in_loop
 from specdec.tree import PADDING, Draws, TokenTree, Topology, pad_rows
 from test_acceptance import random_tree
 from test_contract import generate, model_of, prompts
-from zoo import VOCAB
+from zoo import VOCAB, untrained
 
 
 def brute_force(text: list[int]) -> tuple[int, int]:
@@ -268,6 +268,7 @@ class Watched(DraftModel):
             self.compared += 1
 
 
+@untrained("draft_model")
 @pytest.mark.parametrize("auxiliary", ["early_exit", "swift", "top_k", "chain", "rsd_c"])
 def test_hybrid_with_drafters_that_run_a_model(auxiliary: str) -> None:
     model, inputs = model_of("llama"), prompts(3)
@@ -286,6 +287,7 @@ def test_hybrid_with_drafters_that_run_a_model(auxiliary: str) -> None:
     assert not isinstance(theirs, Watched) or theirs.compared > 20
 
 
+@untrained("draft_model")
 @pytest.mark.parametrize("mixed", [True, False])
 def test_nodes_of_others_are_not_taken_for_ones_own(mixed: bool) -> None:
     """Beside, or instead of, a draft of one node stands the text that plain decoding writes."""

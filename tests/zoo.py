@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -267,3 +268,8 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
     "llama_dynamic": _lazy("llama", _GQA | {"rope_parameters": _DYNAMIC}, redraw=True),
     "phi3_longrope": _lazy("phi3", _GQA | _LONG, redraw=True),
 }
+
+
+def untrained(*drafters: str) -> pytest.MarkDecorator:
+    """For tests that run these drafters on random weights, of which they would warn a user."""
+    return pytest.mark.filterwarnings(f"ignore:drafter '({'|'.join(drafters)})' has no trained weights:UserWarning")
