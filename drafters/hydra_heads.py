@@ -150,6 +150,7 @@ class Hydra(BaseDrafter):
 
     def _shape(self, target: Target, num_heads: int) -> str | None:
         """Choose the tree and plan its levels; says why that cannot be."""
+        assert self.heads is not None
         rates = self.acceptance or [[rate * _DECAY**depth for rate in _RATES] for depth in range(num_heads)]
         template = self._chosen or Template.from_paths(best_paths(self.num_nodes, num_heads, target.vocab_size, rates))
         depth = template.topology.max_depth
