@@ -150,8 +150,7 @@ class Verification:
         tokens: the tokens each row emitted: those of ``path[b][1:]``, then one more, the target's own.
         finished: whether each row has stopped, after this step.
         was_finished: whether each row had stopped before this step (it emitted nothing).
-        logits: float32 ``[B, N, V]`` of all nodes, before any processor. Like ``states`` an inference tensor: read it,
-            never write into it.
+        logits: float32 ``[B, N, V]`` of all nodes, before any processor; like ``states`` never to be written into.
         offered: candidates of each row's tree at depths 1..D; on the host.
         states: tap -> ``[B, N, H]`` of all nodes, feed-only ones included.
         scores: processed scores float32 of the emitted tokens per row, ``[n_b, V]``; only where the caller wants them.
