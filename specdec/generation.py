@@ -147,12 +147,7 @@ def attach(
         reason = drafter.fit(target)
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
-    if target.attention is not None and (compiling is not None or cuda_graphs):
-        warnings.warn(
-            f"graphs know the model's own attention only; with {target.attention.name!r} passes run without them",
-            stacklevel=3,
-        )
-    elif compiling is not None or cuda_graphs:
+    if compiling is not None or cuda_graphs:
         target.use_graphs(drafter.needs.max_nodes, compiling, cuda_graphs)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)

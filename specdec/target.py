@@ -178,7 +178,8 @@ class Target:
         start, stop, _ = (nodes or slice(0, tree.num_nodes)).indices(tree.num_nodes)
         inputs = self._inputs(context, tree, start, stop)
         if self.graphs is not None:
-            outcome = self._as_graph(self.graphs, context, inputs, route, states, taps)
+            with self._attending():
+                outcome = self._as_graph(self.graphs, context, inputs, route, states, taps)
             if outcome is not None:
                 return outcome
         # A pass over a small model is bound by dispatch, of which inference mode saves a twentieth.
@@ -215,6 +216,7 @@ class Target:
             compiling or (lambda _: None),
             None if compiling is None else passes.inductor,
             CudaGraphs(self.device) if capture else None,
+            None if self.attention is None else self.attention.implementation,
         )
 
     def _as_graph(

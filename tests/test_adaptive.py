@@ -27,6 +27,9 @@ from specdec.tree import TokenTree
 from specdec.tuning.choice import Costs, Profile, choose, expect
 from specdec.tuning.files import TreeFile
 from test_contract import check_cache, check_statistics, generate, model_of, plain_text, prompts
+from zoo import untrained
+
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo")
 
 WRAPPED = ("token_recycling", "medusa", "hydra_heads", "prompt_lookup", "kangaroo", "early_exit", "swift")
 SOON = Adaptation(interval=2, half_life=8, strength=2, gain=0.0, max_nodes=12, max_depth=4, max_width=4)
@@ -133,7 +136,7 @@ class Bench:
         file = TreeFile("toy", 9, [(0,), (1,), (0, 0)], Profile(rates), costs)
         self.toy = Toy()
         self.adaptive = Adaptive(self.toy, settings, file)
-        target: Any = type("Bare", (), {"compiled": None, "model": None})()
+        target: Any = type("Bare", (), {"graphs": None, "model": None})()
         assert self.adaptive.fit(cast(Target, target)) is None
         self.state: Any = type("State", (), {"batch_size": 1, "root": torch.zeros(1, dtype=torch.int64)})()
         self.adaptive.start(self.state, cast(Prefill, None))

@@ -19,6 +19,7 @@ from scripted import RightAmongDecoys
 from specdec.attention import AttentionBackend
 from specdec.build import build_attention, choices
 from specdec.generation import speculation_of
+from specdec.graphs.passes import GraphPasses
 from specdec.interfaces import DecodeState
 from specdec.target import Target
 from specdec.tree import TokenTree, Topology, from_host
@@ -160,13 +161,30 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     assert attention_of(model) is None
 
 
-def test_compiled_passes_are_left_out_by_name() -> None:
-    model = model_of("llama")
-    inputs, expected = zoo.clear_prompts(model, 1, 8, (13,))
-    with pytest.warns(UserWarning, match="with 'plain' they run uncompiled"):
-        specdec.speculate(model, "prompt_lookup", attention="plain", compile=True)
-    assert speculation_of(model).target.graphs is None
-    assert text(model, inputs, 8) == expected.tolist()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_graphs_take_packed_masks(family: str, batch: int) -> None:
+    """Buckets larger than the trees; captured over fixed buffers, as CUDA graphs are."""
+    model = model_of(family)
+    inputs, expected = zoo.clear_prompts(model, batch, NEW_TOKENS)
+    specdec.speculate(model, "token_recycling", attention="plain", num_nodes=24)
+    target = speculation_of(model).target
+    replayed = list[int]()
+
+    def capture(run: Any) -> Any:
+        replayed.append(0)
+        return run
+
+    kinds = target.kinds
+    target.graphs = GraphPasses(
+        model, target.router, kinds, 70, lambda _: None, None, capture, attention="specdec_plain"
+    )
+    try:
+        assert text(model, inputs) == expected.tolist()
+        assert not target.graphs.failures
+        assert replayed
+    finally:
+        specdec.restore(model)
 
 
 def test_an_unknown_name_lists_the_known() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import specdec
+from drafters.draft_model import DraftModel
 from specdec.build import build_drafter, build_verifier
 from specdec.generation import attach, speculation_of
 from specdec.graphs import cuda, passes, store, tracing
@@ -24,7 +25,9 @@ from specdec.graphs.buffers import PassShape
 from specdec.graphs.constants import Weights, explain
 from specdec.routing import FULL, Route
 from test_contract import model_of, plain_text, prompts
-from zoo import build
+from zoo import build, untrained
+
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
 NEW_TOKENS = 24
 generate_code = passes.inductor
@@ -413,7 +416,7 @@ def test_generated_code(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_draft_model_follows_in_graphs_of_its_own(traced: list[PassShape]) -> None:
     model, inputs = model_of("llama"), prompts(2)
     expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist()
-    drafter: Any = build_drafter("draft_model", path=build("llama", seed=1), width=3, depth=3, num_nodes=8)
+    drafter: Any = DraftModel(build("llama", seed=1), width=3, depth=3, num_nodes=8)
     specdec.speculate(model, drafter, compile=True)
     try:
         assert model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist() == expected

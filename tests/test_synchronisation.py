@@ -28,7 +28,9 @@ from specdec.build import build_drafter, choices
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Drafter
 from test_contract import model_of, prompts
-from zoo import build
+from zoo import build, untrained
+
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW_TOKENS = 12

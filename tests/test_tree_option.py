@@ -25,7 +25,9 @@ from specdec.templates import chain_paths
 from specdec.tuning.choice import Costs, Profile
 from specdec.tuning.files import TreeFile
 from zoo import build as build_family
-from zoo import prompts
+from zoo import prompts, untrained
+
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo")
 
 TREES = [[(0,)], [(0,), (1,), (0, 0), (1, 0), (0, 1)], [(0,), (0, 0), (0, 0, 0)], [(rank,) for rank in range(5)]]
 

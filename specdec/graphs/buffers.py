@@ -28,12 +28,14 @@ class PassShape:
         nodes: M.
         route: what part of the model runs; states enter where ``route.lo > 0``.
         taps: states that it returns.
+        attention: by which name layers find the attention that takes packed masks; None = the model's own.
     """
 
     batch: int
     nodes: int
     route: Route
     taps: tuple[Tap, ...] = ()
+    attention: str | None = None
 
     @property
     def enters(self) -> bool:
@@ -62,22 +64,30 @@ class Buffers:
         kinds: kinds of attention, each with a mask of its own.
         like: dtype and device of the masks.
         hidden: states that enter are ``[B, M, hidden]``; 0 = none do.
+        words: W of packed masks; 0 = masks are additive.
 
     Attributes:
         token_ids, positions, slots: int64 ``[B, M]``.
-        masks: attention kind -> ``[B, 1, M, C]``, additive.
+        masks: attention kind -> ``[B, 1, M, C]``, additive, or int64 ``[B, 1, M, 3 + W]``, packed.
         states: ``[B, M, H]``, or None.
         usable: most slots that a pass may see; graphs hold for K < C.
     """
 
-    def __init__(self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int) -> None:
+    def __init__(
+        self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int, words: int = 0
+    ) -> None:
         def ints() -> Tensor:
             return torch.zeros(shape.batch, shape.nodes, dtype=torch.int64, device=like.device)
 
         self.token_ids, self.positions, self.slots = ints(), ints(), ints()
         self.low = torch.finfo(like.dtype).min
-        size = (shape.batch, 1, shape.nodes, cache.capacity)
-        self.masks = {kind: torch.full(size, self.low, dtype=like.dtype, device=like.device) for kind in kinds}
+        size = (shape.batch, 1, shape.nodes)
+        if words:
+            empty = torch.zeros(*size, 3 + words, dtype=torch.int64, device=like.device)
+        else:
+            empty = torch.full((*size, cache.capacity), self.low, dtype=like.dtype, device=like.device)
+        self.masks = {kind: empty.clone() for kind in kinds}
+        self.packed = words > 0
         self.states = like.new_zeros(shape.batch, shape.nodes, hidden) if hidden else None
         self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
@@ -106,6 +116,9 @@ class Buffers:
         masks = inputs["attention_mask"]
         for kind, whole in self.masks.items():
             mask = masks[kind] if isinstance(masks, dict) else masks
+            if self.packed:
+                _fill_packed(whole, mask, nodes)
+                continue
             whole[:, :, :nodes, : cache.span] = 0 if mask is None else mask
             whole[:, :, :nodes, cache.span : max(span, self._reached)] = self.low
         self._reached = max(cache.span, self._reached)
@@ -120,3 +133,12 @@ class Buffers:
         entering = [] if self.states is None else [self.states]
         start = [self.token_ids, self.positions, self.slots, self._extent[:span]]
         return [*start, *self.masks.values(), *entering, *self.slabs[0], *self.slabs[1]]
+
+
+def _fill_packed(whole: Tensor, mask: Tensor, nodes: int) -> None:
+    """Nodes beyond the pass see the committed tokens that the first one sees, and no node."""
+    columns = mask.shape[3]
+    whole[:, :, :nodes, :columns] = mask
+    whole[:, :, :nodes, columns:] = 0
+    whole[:, :, nodes:, :3] = mask[:, :, :1, :3]
+    whole[:, :, nodes:, 3:] = 0

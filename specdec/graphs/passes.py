@@ -74,9 +74,10 @@ class GraphPasses:
         announce: told what is being compiled or loaded, and how long it took.
         compiler: None runs the model's own forward.
         capture: None runs without fixed buffers.
+        attention: whose masks are packed; None = the model's own.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a target knows of its passes
         self,
         model: Any,
         router: Router,
@@ -85,7 +86,9 @@ class GraphPasses:
         announce: Callable[[str], None],
         compiler: Compiler | None = inductor,
         capture: Capture | None = None,
+        attention: str | None = None,
     ) -> None:
+        self.attention = attention
         self.model, self.router, self.announce = model, router, announce
         self.kinds, self.by_layer = list(kinds.sizes), kinds.by_layer
         self.compiler, self.capture = compiler, capture
@@ -122,7 +125,8 @@ class GraphPasses:
         batch, nodes = inputs["input_ids"].shape
         own = () if states is None else (route.lo,)  # what enters needs no way through the graph
         asked = tuple(tap for tap in dict.fromkeys(taps) if tap not in own)
-        shape = PassShape(batch, next(size for size in self.buckets if size >= nodes), route, asked)
+        bucket = next(size for size in self.buckets if size >= nodes)
+        shape = PassShape(batch, bucket, route, asked, self.attention)
         if not self._recurs(context, shape):
             return None
         try:
@@ -148,7 +152,7 @@ class GraphPasses:
             and not template.get("output_hidden_states")
             and not template.get("output_attentions")
             and template["position_ids"].dim() == 2
-            and _additive(inputs["attention_mask"])
+            and (self.attention is not None or _additive(inputs["attention_mask"]))
             and not self.model.training
             and (route.logits or bool(taps))
         )
@@ -180,7 +184,8 @@ class GraphPasses:
             like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
             hidden = 0 if states is None else states.shape[-1]
             kinds = self.kinds if self.by_layer else self.kinds[:1]
-            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
+            words = 0 if self.attention is None else -(-self.buckets[-1] // 64)
+            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden, words), None
         return self._views[shape]
 
     def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:

@@ -108,7 +108,7 @@ class Store:
             return None
         route = shape.route
         what = (shape.batch, shape.nodes, route.lo, route.hi, sorted(route.skip_attention), sorted(route.skip_mlp))
-        parts = (self.known, *what, route.logits, shape.taps, torch.get_num_threads())
+        parts = (self.known, *what, route.logits, shape.taps, shape.attention, torch.get_num_threads())
         return folder() / hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def load(self, shape: PassShape) -> Graph | None:

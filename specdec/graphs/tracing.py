@@ -80,7 +80,7 @@ class PassModule(nn.Module):
         token_ids, positions, slots, extent, *rest = tensors
         span = extent.shape[0]
         count = 1 if self.kinds is None else len(self.kinds)
-        masks = [mask[..., :span] for mask in rest[:count]]
+        masks = rest[:count] if self.shape.attention else [mask[..., :span] for mask in rest[:count]]
         states = rest[count] if self.shape.enters else None
         slabs = rest[count + self.shape.enters :]
         half = len(slabs) // 2
@@ -112,16 +112,15 @@ def trace(module: PassModule, buffers: Buffers) -> torch.export.ExportedProgram:
         module: what to trace.
         buffers: only their shapes count; nothing is computed or written.
     """
-    capacity = torch.export.Dim("capacity", min=2, max=_MOST_SLOTS)
-    seen = torch.export.Dim("seen", min=2, max=_MOST_SLOTS)
+    capacity = torch.export.Dim("capacity", min=3, max=_MOST_SLOTS)
+    seen = torch.export.Dim("seen", min=2, max=_MOST_SLOTS - 1)
     masks, slabs = len(buffers.masks), 2 * len(buffers.slabs[0])
     entering = 0 if buffers.states is None else 1
     sizes: list[dict[int, Any]] = [{}, {}, {}, {0: seen}]
-    sizes += [{3: capacity}] * masks + [{}] * entering + [{2: capacity}] * slabs
+    sizes += [{} if buffers.packed else {3: capacity}] * masks + [{}] * entering + [{2: capacity}] * slabs
     # Any two different sizes: they become the symbols K and C.
-    whole = next(iter(buffers.masks.values())).shape[-1]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the tracer's own deprecations
         return torch.export.export(
-            module, tuple(buffers.tensors(whole // 2)), dynamic_shapes=(tuple(sizes),), strict=False
+            module, tuple(buffers.tensors(buffers.usable // 2)), dynamic_shapes=(tuple(sizes),), strict=False
         )
