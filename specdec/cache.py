@@ -220,13 +220,14 @@ class TreeCache(Cache):
                 slab.move(read, written)
 
     def move_on_host(self, moves: Sequence[tuple[int, int, int]]) -> bool:
-        """Move (row, source, target) in all layers, one after the other; false, with nothing done, on a device.
+        """Move (row, source, target) in all layers, one after the other; false, with nothing done, on a device or where
+        somebody else moves.
 
         A path's few slots are moved in a fraction of the time that two operations of torch and their indices take. Each
         source lies at or behind its target and at or behind all targets before it, so none is overwritten unread.
         """
         stores = [slab.bits for slab in self._slabs]
-        if any(store is None for store in stores):
+        if self.mover is not None or any(store is None for store in stores):
             return False
         for store in stores:
             assert store is not None

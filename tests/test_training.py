@@ -164,6 +164,7 @@ def test_a_finished_run_makes_no_further_step(tmp_path: Path) -> None:
         assert torch.equal(parameter, weights[name])
 
 
+@pytest.mark.slow  # the command itself is killed in tests/test_train_command.py
 def test_killed_in_the_middle_it_goes_on_with_the_same_loss_curve(tmp_path: Path) -> None:
     """SIGKILL, which no process can answer, at a moment between two checkpoints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
