@@ -104,6 +104,24 @@ def test_nothing_to_learn_from(content: str, expected: str, tmp_path: Path) -> N
         corpus.chat(str(path))
 
 
+def test_of_a_folder_what_is_no_text_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"messages": TALK}])
+    (tmp_path / "a.jsonl.provenance.json").write_text('{"command": "specdec distill"}')
+    (tmp_path / "README.md").write_text("About these chats.")
+    assert (len(corpus.chat(str(tmp_path)).documents), corpus.chat(str(tmp_path)).skipped) == (1, [])
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"a\xffb")
+    said = corpus.text(str(tmp_path))
+    assert [document.text for document in said.documents] == ["About these chats."]
+    assert [reason.partition(": expected")[0].rpartition("/")[2] for reason in said.skipped[1:]] == [
+        "empty.txt",
+        "latin.txt",
+    ]
+    (tmp_path / "README.md").unlink()
+    with pytest.raises(ValueError, match="expected a field 'text' in at least one of 1 lines"):
+        corpus.text(str(tmp_path))
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     for path in (str(tmp_path / "missing.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path)):
         with pytest.raises(FileNotFoundError, match="no file of texts at .*; give data.path=FILE"):

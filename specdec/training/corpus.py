@@ -27,7 +27,9 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
 }
 _NO_ANSWER = "expected an assistant turn, got none"
-_SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+_TABLES = (".jsonl", ".json")
+_SUFFIXES = (".txt", ".md", *_TABLES)
+_PROVENANCE = "provenance.json"  # how the names end of what stands beside answers and checkpoints
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def chat(path: str | Sequence[str]) -> Corpus:
         FileNotFoundError: there is no such file.
         ValueError: an empty file, or no assistant turn in any of its lines.
     """
-    return _read(_files(path), lambda record: _document(record, "text", needs_prompt=True), "an assistant turn")
+    files = _files(path, _TABLES)
+    return _read(files, lambda record: _document(record, "text", needs_prompt=True), "an assistant turn")
 
 
 def text(path: str | Sequence[str], field: str = "text", sample_by: str = "document") -> Corpus:
@@ -103,20 +106,25 @@ def text(path: str | Sequence[str], field: str = "text", sample_by: str = "docum
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown ``sample_by``, an empty file, or no text in any of its lines.
+        ValueError: an unknown ``sample_by``, or no text in any of the files; says what is wrong with the first.
     """
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"expected sample_by to be one of {', '.join(SAMPLE_BY)}; got {sample_by!r}")
-    files = _files(path)
-    tables = [file for file in files if file.suffix in (".jsonl", ".json")]
-    documents, skipped = list[Document](), list[str]()
+    files = _files(path, _SUFFIXES)
+    documents, skipped, refused = list[Document](), list[str](), list[ValueError]()
     for file in files:
-        if file in tables:
-            part = _read([file], lambda record: _document(record, field), f"a field {field!r}")
-            documents += part.documents
-            skipped += part.skipped
-        else:
-            documents += _texts_of(file, sample_by)
+        try:
+            if file.suffix in _TABLES:
+                part = _read([file], lambda record: _document(record, field), f"a field {field!r}")
+                documents += part.documents
+                skipped += part.skipped
+            else:
+                documents += _texts_of(file, sample_by)
+        except ValueError as error:
+            skipped.append(str(error))
+            refused.append(error)
+    if not documents:
+        raise refused[0]
     return Corpus(documents, skipped)
 
 
@@ -146,17 +154,21 @@ def _exchange(user: str, assistant: str) -> tuple[Message, ...]:
     return {"role": "user", "content": user}, {"role": "assistant", "content": assistant}
 
 
-def _files(path: str | Sequence[str]) -> list[Path]:
-    """The files that a path, a pattern, a folder or several of them name, each once."""
+def _files(path: str | Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """The files that a path, a pattern, a folder or several of them name, each once.
+
+    Of a folder those with one of the suffixes, but for provenance.
+    """
     found = list[Path]()
     for name in [path] if isinstance(path, str) else path:
         place = Path(name).expanduser()
         if place.is_dir():
-            named = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix in _SUFFIXES)
+            within = (file for file in place.rglob("*") if file.is_file() and file.suffix in suffixes)
+            named = sorted(file for file in within if not file.name.endswith(_PROVENANCE))
         else:
             named = [place] if place.is_file() else sorted(map(Path, glob.glob(str(place), recursive=True)))
         if not named:
-            kinds = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
+            kinds = ", ".join(f"*{suffix}" for suffix in suffixes)
             raise FileNotFoundError(f"no file of texts at {name}; give data.path=FILE, or a folder with {kinds}")
         found += named
     return list(dict.fromkeys(found))
