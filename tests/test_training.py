@@ -80,11 +80,14 @@ def test_scores_by_hand() -> None:
     assert rates["loss"] == pytest.approx((4 * 1.0 + 1 * 6.0) / 5)
     assert [rates[f"depth_1/top_{rank}"] for rank in (1, 2, 3)] == pytest.approx([0.2, 0.6, 0.8])
     assert scores.acceptance() == [[0.2, 0.4, 0.2], [0.25, 0.25, 0.5]]
+    shallow = Scores()
+    shallow.add({"hits": torch.ones(2, 3), "counted": torch.tensor([4, 0]), "loss": torch.tensor(1.0)})
+    assert shallow.acceptance() is None, "drafters remember rates of all their heads or of none"
     none = Scores()
     none.add({"hits": torch.zeros(2, 5), "counted": torch.zeros(2), "loss": torch.tensor(0.0)})
     with pytest.raises(ValueError, match="no token of the held-out texts is wanted"):
         none.rates()
-    assert none.acceptance() == []
+    assert none.acceptance() is None
 
 
 def test_what_is_logged(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from pupils import LENGTH, Rows, target_of
+from specdec.commands._texts import Texts, with_states
+from specdec.identity import fingerprint
 from specdec.interfaces import Tap
 from specdec.training import features
-from specdec.training.features import CachedTexts, Frozen, check_packed, fingerprint, size
+from specdec.training.features import CachedTexts, Frozen, check_packed, size
 
 TAPS: tuple[Tap, ...] = (0, 2, 4, "final")
 ROW = len(TAPS) * 32 * 4 * LENGTH  # bytes
@@ -201,6 +204,26 @@ def test_others_states_are_refused(tmp_path: Path) -> None:
     assert CachedTexts(Rows(3), Frozen(target, TAPS), tmp_path).missing == []
     anew = CachedTexts(Rows(3, seed=5), Frozen(target, TAPS), tmp_path, overwrite=True)
     assert anew.missing == [0]
+
+
+def test_what_a_kill_left_half_written_goes_away(tmp_path: Path) -> None:
+    left = tmp_path / ".shard-00000.safetensors.4711"
+    left.write_bytes(b"half")
+    CachedTexts(Rows(3), Frozen(target_of(), TAPS), tmp_path).fill(3, silent)
+    assert not left.exists()
+    left.write_bytes(b"half")
+    CachedTexts(Rows(3, seed=5), Frozen(target_of(), TAPS), tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_sides_must_fit_before_the_first_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, console = Texts(Rows(7), Rows(3, seed=1), {}), Console(quiet=True)
+    usage = type("usage", (), {"free": 8 * ROW})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    options = {"mode": "cached", "path": str(tmp_path), "shard_mb": 1, "overwrite": False}
+    with pytest.raises(ValueError, match=f"need {size(10 * ROW)} in .*, where {size(8 * ROW)} are free"):
+        with_states(both, Frozen(target_of(), TAPS), options, 2, console)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows_per_shard": "3"}'])

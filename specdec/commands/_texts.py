@@ -14,7 +14,7 @@ from rich.console import Console
 from specdec.commands._data import corpus_of
 from specdec.commands._session import Session
 from specdec.training.encoding import Encoder
-from specdec.training.features import CachedTexts, Frozen, size
+from specdec.training.features import CachedTexts, Frozen, check_room, size
 from specdec.training.packing import PackedTexts, split
 from specdec.training.progress import Bar
 
@@ -149,6 +149,7 @@ def with_states(texts: Texts, frozen: Frozen, features: Mapping[str, Any], batch
             f"the target's states take {size(total)} in {place}: {size(frozen.bytes_per_token)} per token, "
             f"{total // frozen.bytes_per_token:,} tokens, padding included; {size(missing)} are still to be made"
         )
+        check_room(place, missing)  # of both sides, before the first is made
         for side in made.values():
             side.fill(batch_size, bar.advance)
     return replace(texts, **made)

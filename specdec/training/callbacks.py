@@ -83,7 +83,32 @@ class Told(TrainerCallback):
         self._bar = None
 
 
-class Provenance(TrainerCallback):
+class AtCheckpoints(TrainerCallback):
+    """Puts something into every checkpoint, in the first process.
+
+    A run that goes on makes up for the checkpoint from which it does, where a kill came before this.
+
+    Args:
+        act: told the checkpoint's folder.
+        made: the name of what it puts there.
+    """
+
+    def __init__(self, act: Callable[[Path], None], made: str) -> None:
+        self.act, self.made = act, made
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A checkpoint has been made."""
+        if state.is_world_process_zero:
+            self.act(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A checkpoint has been taken up, or none."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir() and not (folder / self.made).exists():
+            self.act(folder)
+
+
+class Provenance(AtCheckpoints):
     """Writes where a checkpoint comes from beside it.
 
     Args:
@@ -91,28 +116,7 @@ class Provenance(TrainerCallback):
     """
 
     def __init__(self, said: Mapping[str, Any]) -> None:
-        self.said = said
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """A checkpoint has been made."""
-        if state.is_world_process_zero:
-            write_provenance(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.said, state.global_step)
-
-
-class AtCheckpoints(TrainerCallback):
-    """Does something whenever a checkpoint has been made, in the first process.
-
-    Args:
-        act: told the checkpoint's folder.
-    """
-
-    def __init__(self, act: Callable[[Path], None]) -> None:
-        self.act = act
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """A checkpoint has been made."""
-        if state.is_world_process_zero:
-            self.act(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        super().__init__(lambda folder: write_provenance(folder, said, int(folder.name.rpartition("-")[2])), PROVENANCE)
 
 
 def write_provenance(folder: Path, said: Mapping[str, Any], step: int) -> None:

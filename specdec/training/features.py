@@ -9,7 +9,6 @@ Shapes: B rows of a batch, T tokens of a row, H hidden size.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from specdec.evaluation.records import replace_text
+from specdec.identity import fingerprint
 from specdec.interfaces import Tap
 from specdec.routing import Route
 from specdec.target import Target
@@ -174,13 +174,8 @@ class CachedTexts(Dataset[dict[str, Any]]):
             ValueError: there is too little room for them; says how much there is.
             OSError: the disk is full nevertheless.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = self.missing_bytes, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ValueError(
-                f"the target's states need {size(needed)} in {self.folder}, where {size(free)} are free; expected "
-                "another features.path=FOLDER, or features.mode=online, which needs none"
-            )
+        self._drop_leftovers()
+        check_room(self.folder, self.missing_bytes)
         text = json.dumps({**self._identity, "rows_per_shard": self.rows_per_shard}, indent=1)
         with _told_when_full(self.folder):
             replace_text(self.folder / INDEX, text + "\n")
@@ -218,8 +213,14 @@ class CachedTexts(Dataset[dict[str, Any]]):
             )
         for file in self.folder.glob("shard-*.safetensors"):
             file.unlink()
+        self._drop_leftovers()
         path.unlink()
         return None
+
+    def _drop_leftovers(self) -> None:
+        """Remove what a killed process had begun to write; nobody else writes here now."""
+        for file in self.folder.glob(".shard-*.safetensors.*"):
+            file.unlink(missing_ok=True)
 
     def _rows(self, shard: int) -> range:
         start = shard * self.rows_per_shard
@@ -239,6 +240,21 @@ class CachedTexts(Dataset[dict[str, Any]]):
         return rows == {len(self._rows(shard))}
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Whether a folder, made where it is missing, takes so many bytes more.
+
+    Raises:
+        ValueError: it does not; says how many it takes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the target's states need {size(needed)} in {folder}, where {size(free)} are free; expected another "
+            "features.path=FOLDER, or features.mode=online, which needs none"
+        )
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file in one move: it is there when it is whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -248,21 +264,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def fingerprint(target: Target) -> str:
-    """Of the config and of some numbers of every parameter: another model, or another training of it, has another."""
-    config = {key: value for key, value in target.model.config.to_dict().items() if not key.startswith("_")}
-    for key in ("transformers_version", "use_cache"):
-        config.pop(key, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in target.model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(flat.numel() // 64, 1)].float().cpu()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def size(num_bytes: int) -> str:

@@ -46,19 +46,20 @@ class Scores:
                 rates |= {f"depth_{depth}/top_{rank}": hit / of for rank, hit in enumerate(hits, start=1)}
         return rates
 
-    def acceptance(self) -> list[list[float]]:
+    def acceptance(self) -> list[list[float]] | None:
         """``[K][R]``: the share of wanted tokens that are exactly the draft's candidate of each rank, per depth.
 
-        A rank that was never right counts as half a token: a tree drawn from few texts should not stop at it.
+        None where no token was wanted at some depth, since drafters remember rates of all their heads or of none. A
+        rank that was never right counts as half a token: a tree drawn from few texts should not stop at it.
         """
         made = []
         for hits, of in zip(self._hits.tolist(), self._counted.tolist(), strict=True):
             if of == 0:
-                break
+                return None
             made.append(
                 [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
             )
-        return made
+        return made or None
 
 
 class Even(Dataset[dict[str, Any]]):

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from specdec.target import Target
 from specdec.training import objectives
+from specdec.training.callbacks import AtCheckpoints
 from specdec.training.features import Frozen
 from specdec.training.scores import Even, Scores
 
@@ -112,8 +113,8 @@ def _refuse_sharding(name: str, wanted: Any) -> None:
     if wanted:
         raise ValueError(
             f"{name} would cut up the drafter, which is small, and not the target, which is not trained; "
-            "expected plain torchrun (each process trains a whole drafter), DeepSpeed up to ZeRO-2, or for a target "
-            "that is too large for one device target.device_map=auto in a single process"
+            "expected plain torchrun (each process trains a whole drafter), or for a target that is too large for one "
+            "device target.device_map=auto in a single process"
         )
 
 
@@ -283,6 +284,10 @@ class DrafterTrainer(Trainer):
             # Nothing is left to do, and the Trainer would do one step more.
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            state.is_world_process_zero = self.is_world_process_zero()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, AtCheckpoints):
+                    callback.on_train_begin(self.args, state, self.control)
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
         else:
