@@ -140,8 +140,6 @@ def test_model_cards_say_what_the_files_say() -> None:
         assert f"specdec train {recipe} data.path=answers.jsonl" in card
         assert "specdec/demo/target/README.md" in card
         assert card.startswith("---\nlicense: other\n")
-        if drafter == "medusa":  # its card leaves all that training decides to the files beside it
-            continue
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             sizes = [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
         assert f"{sum(sizes):,} parameters" in card
