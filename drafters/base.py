@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,4 +75,34 @@ def warn_untrained(name: str, made: str, target: Target, way_out: str) -> None:
         f"drafter {name!r} has no trained weights for {target.name}: {made}, so hardly a draft will be accepted; "
         f"{way_out}",
         stacklevel=3,
+    )
+
+
+def why_other_weights(given: Mapping[str, Any], loaded: Mapping[str, Any], place: str) -> str | None:
+    """Why weights that were loaded are not those that the options ask for; None where they are.
+
+    Args:
+        given: the options; None = whatever the weights are.
+        loaded: the same of the weights.
+        place: where the weights come from.
+    """
+    differing = [name for name, value in given.items() if value is not None and value != loaded[name]]
+    if not differing:
+        return None
+    expected, got = (", ".join(f"{name}={_written(of[name])}" for name in differing) for of in (loaded, given))
+    return f"{expected} (or null), as the weights at {place} have it; got {got}, which path=new makes new ones with"
+
+
+def _written(value: Any) -> str:
+    """A value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def why_no_own_head(target: Target) -> str | None:
+    """Why a copy of the target's output head would not say what the target says; None where it does."""
+    if target.head_is_all:
+        return None
+    return (
+        f"own_head=false: {target.name} scales or caps its logits after the output head, so that copies of the head "
+        "would not say what it says"
     )

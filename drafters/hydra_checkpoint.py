@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drafters.base import why_no_own_head
 from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, rope_type
 from drafters.medusa_trees import remembered
 from specdec import checkpoints
@@ -67,11 +68,14 @@ def save(folder: Path, heads: HydraHeads, target: Target, layout: str, more: Map
         more: entries of the config beside the sizes.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: an unknown layout, or one in which copies of the target's head would not say the same as it.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r} of Hydra heads; known: {', '.join(LAYOUTS)}")
-    config = checkpoints.base_of(target) | _config(heads.shape, layout) | dict(more)
+    reason = why_no_own_head(target) if layout == "hydra" and not heads.shape.own_head else None
+    if reason is not None:
+        raise ValueError(f"expected layout specdec, which shares the target's output head, and {reason}")
+    config = checkpoints.saved_base(target) | _config(heads.shape, layout) | dict(more)
     named = heads.state_dict() if layout == "specdec" else dict(_public_tensors(heads, target))
     weights = {name: tensor.to(target.dtype) for name, tensor in named.items()}
     checkpoints.save(folder, weights, config, checkpoints.WEIGHTS if layout == "specdec" else PUBLIC_FILE)

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.base import BaseDrafter, device_of, warn_untrained
+from drafters.base import BaseDrafter, device_of, warn_untrained, why_no_own_head, why_other_weights
 from drafters.causal_layer import GrowingRows, prompt_states
-from drafters.hydra_checkpoint import ARCHES, load, save
+from drafters.hydra_checkpoint import ARCHES, arch_of, load, save
 from drafters.hydra_lesson import HydraLesson
 from drafters.hydra_modules import HydraHeads, HydraShape, PrefixShape, new
 from drafters.medusa_trees import best_paths, published_paths
@@ -84,11 +84,12 @@ class Hydra(BaseDrafter):
     Args:
         path: weights: a folder, a file or a hub id, as saved by specdec or published; ``new`` for new ones, which say
             at every depth what the target says at the root. None = those shipped for the demo target, for others new.
-        arch: of new heads: ``mlp`` (Hydra) or ``prefix-mlp`` (Hydra++).
-        num_heads: K of new heads, and the depth of their trees.
-        num_layers: blocks of each new head; None = as published, 1 for ``mlp`` and 4 for ``prefix-mlp``.
-        own_head: whether each new head has an output layer ``[V, H]`` of its own, as published; else the target's
-            serves them all.
+        arch: ``mlp`` (Hydra) or ``prefix-mlp`` (Hydra++); None = new heads are Hydra++'s, others what they are. Other
+            weights than this and the next three say are refused.
+        num_heads: K, and the depth of the trees; None = 4 of new heads.
+        num_layers: blocks of each head; None = of new heads as published, 1 for ``mlp`` and 4 for ``prefix-mlp``.
+        own_head: whether each head has an output layer ``[V, H]`` of its own, as published; else the target's serves
+            them all. None = the target's serves new heads.
         num_nodes: nodes of the tree, root not counted; which ones follows from the acceptance rates of the heads.
         tree: rank paths of another tree, such as ``[[0], [1], [0, 0]]``, or the name of one that Medusa's authors
             published, which Hydra's used too; overrides ``num_nodes``.
@@ -103,23 +104,27 @@ class Hydra(BaseDrafter):
     def __init__(  # noqa: PLR0913 - the options of one recipe
         self,
         path: str | None = None,
-        arch: str = "prefix-mlp",
-        num_heads: int = 4,
+        arch: str | None = None,
+        num_heads: int | None = None,
         num_layers: int | None = None,
-        own_head: bool = False,
+        own_head: bool | None = None,
         num_nodes: int = 24,
         tree: str | Sequence[Sequence[int]] | None = None,
         seed: int = 0,
     ) -> None:
-        if arch not in ARCHES:
+        if arch not in (None, *ARCHES):
             raise ValueError(f"unknown architecture {arch!r} of Hydra heads; known: {', '.join(ARCHES)}")
-        num_layers = {"mlp": 1, "prefix-mlp": 4}[arch] if num_layers is None else num_layers
         sizes = {"num_heads": num_heads, "num_layers": num_layers, "num_nodes": num_nodes}
-        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        wrong = [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]
         if wrong:
             raise ValueError(f"expected sizes of at least 1; got {', '.join(wrong)}")
-        self.path, self.arch, self.own_head, self.seed = path, arch, own_head, seed
-        self.num_heads, self.num_layers, self.num_nodes = num_heads, num_layers, num_nodes
+        self.path, self.seed, self.num_nodes = path, seed, num_nodes
+        self._sizes: dict[str, Any] = {
+            "arch": arch,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "own_head": own_head,
+        }
         paths = published_paths(tree) if isinstance(tree, str) else tree
         self._chosen = None if paths is None else Template.from_paths(paths)
         nodes = num_nodes + 1 if self._chosen is None else self._chosen.num_nodes
@@ -127,6 +132,7 @@ class Hydra(BaseDrafter):
         self.heads: HydraHeads | None = None
         self.acceptance: list[list[float]] | None = None
         self.ignored: list[str] = []
+        self.loaded_from: str | None = None  # None = the heads are new
         self._target: Target | None = None
         self._tap: Tap = "final"
         self._rows: GrowingRows | None = None
@@ -139,9 +145,11 @@ class Hydra(BaseDrafter):
             if width != target.hidden_size:
                 return f"embeddings as wide as the states that its output head reads, {target.hidden_size}; got {width}"
             try:
-                self._fill(target)
+                reason = self._fill(target)
             except (OSError, ValueError) as error:
                 return f"heads that can be read for this model; {error}"
+            if reason is not None:
+                return reason
         assert self.heads is not None
         self._target, shape = target, self.heads.shape
         self._tap = shape.tap(target)
@@ -191,19 +199,41 @@ class Hydra(BaseDrafter):
             raise ValueError(f"expected {reason}")
         self.needs = replace(self.needs, max_nodes=template.num_nodes)
 
-    def _fill(self, target: Target) -> None:
+    def _fill(self, target: Target) -> str | None:
+        """Read or make the heads; says why they are not those that the options ask for."""
         path = self.path
         if path is None and is_demo(target.model) and (DEMO_HEADS / CONFIG).is_file():
             path = str(DEMO_HEADS)
         if path is not None and path != NEW:
-            self.heads, self.acceptance, self.ignored = load(path, target)
-            return
-        prefix = PrefixShape.like(target) if self.arch == "prefix-mlp" else None
-        sizes = target.hidden_size, target.vocab_size, self.num_heads, self.num_layers
-        self.heads = new(HydraShape(*sizes, self.own_head, prefix), target, self.seed)
+            heads, rates, ignored = load(path, target)
+            shape = heads.shape
+            loaded = {name: getattr(shape, name) for name in self._sizes if name != "arch"}
+            reason = why_other_weights(self._sizes, {"arch": arch_of(shape), **loaded}, path)
+            if reason is None:
+                self.heads, self.acceptance, self.ignored, self.loaded_from = heads, rates, ignored, path
+            return reason
+        shape = self._new_shape(target)
+        reason = why_no_own_head(target) if shape.own_head else None
+        if reason is not None:
+            return reason
+        self.heads, self.loaded_from = new(shape, target, self.seed), None
         self.acceptance, self.ignored = None, []
         if path is None:
             warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
+        return None
+
+    def _new_shape(self, target: Target) -> HydraShape:
+        """Of new heads: what the options leave open is as published, but for the output layers, which are shared."""
+        said = {name: value for name, value in self._sizes.items() if value is not None}
+        is_prefix = said.get("arch", "prefix-mlp") == "prefix-mlp"
+        return HydraShape(
+            hidden=target.hidden_size,
+            vocabulary=target.vocab_size,
+            num_heads=said.get("num_heads", 4),
+            num_layers=said.get("num_layers", 4 if is_prefix else 1),
+            own_head=said.get("own_head", False),
+            prefix=PrefixShape.like(target) if is_prefix else None,
+        )
 
     @torch.inference_mode()
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -281,11 +311,15 @@ class Hydra(BaseDrafter):
         self._rows = self._states = None
 
     def lesson(self, target: Target, **options: Any) -> HydraLesson:
-        """What the heads learn from; see ``HydraLesson`` for the options. The heads become float32."""
+        """What the heads learn from; see ``HydraLesson`` for the options. The heads become float32.
+
+        What was known of their acceptance is forgotten.
+        """
         reason = self.fit(target)
         if reason is not None:
             raise ValueError(f"drafter {self.name!r} does not fit {target.name}: it needs {reason}")
         assert self.heads is not None
+        self.acceptance = None
         return HydraLesson(self.heads, target, self._tap, **options)
 
     def save(self, folder: Path, layout: str = "specdec") -> None:

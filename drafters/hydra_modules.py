@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafters.base import device_of
+from drafters.base import device_of, why_no_own_head
 from drafters.causal_layer import CausalAttention, GrowingRows, RMSNorm
 from specdec.interfaces import Tap
 from specdec.target import Target
@@ -275,7 +275,13 @@ def new(shape: HydraShape, target: Target, seed: int) -> HydraHeads:
     per position, which changes no order: a norm stands behind the prefix layer, and its weight starts as the size that
     states of this target have. (The authors draw R at random instead.) The seed draws the other projections of the
     prefix layer.
+
+    Raises:
+        ValueError: output layers of their own for a target of which no copy would say the same.
     """
+    reason = why_no_own_head(target) if shape.own_head else None
+    if reason is not None:
+        raise ValueError(f"expected {reason}")
     heads = HydraHeads.empty(shape, target)
     for parameter in heads.parameters():
         parameter.zero_()

@@ -107,6 +107,7 @@ class Kangaroo(BaseDrafter):
         self.needs = Needs(max_nodes=1 + num_draft_tokens if self.tree is None else self.tree.max_nodes)
         self.adapter: Adapter | None = None
         self.ignored: list[str] = []
+        self.loaded_from: str | None = None  # None = the adapter is new
         self._target: Target | None = None
         self._layer = 0
         self._rows: GrowingRows | None = None
@@ -123,14 +124,18 @@ class Kangaroo(BaseDrafter):
             except (OSError, ValueError) as error:
                 return f"an adapter that can be read; {error}"
             if trained is not None and self.exit_layer not in (None, trained):
-                return f"exit_layer={trained} (or null), for which the adapter was trained; got {self.exit_layer}"
+                return (
+                    f"exit_layer={trained} (or null), for which the adapter at {self._place(target)} was trained; got "
+                    f"exit_layer={self.exit_layer}, which path=new makes a new one for"
+                )
             layer = self.exit_layer or trained or min(_EXIT_LAYER, target.num_layers - 1)
             reason = self._why_not_from(target, layer)
             if reason is not None:
                 return reason
             self._say(target, trained, layer)
             self.adapter, self._layer = adapter.to(target.dtype).requires_grad_(False).eval(), layer
-            self.ignored = ignored
+            place = self._place(target)
+            self.ignored, self.loaded_from = ignored, None if place == NEW else place
             self.needs = Needs(taps=(layer,), prompt_states=True, max_nodes=self.needs.max_nodes)
         assert self.adapter is not None
         self.adapter.to(device_of(target, self._layer))

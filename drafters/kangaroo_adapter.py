@@ -171,7 +171,7 @@ def save_adapter(folder: Path, adapter: Adapter, layer: int, target: Target, lay
         "num_attention_heads": adapter.heads,
         "rms_norm_eps": adapter.norm.eps,
         "rope_theta": adapter.self_attn.rope_theta,
-        **checkpoints.base_of(target),
+        **checkpoints.saved_base(target),
     }
     if layout == "specdec":
         checkpoints.save(folder, weights, config)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.base import BaseDrafter, device_of, warn_untrained
+from drafters.base import BaseDrafter, device_of, warn_untrained, why_no_own_head, why_other_weights
 from drafters.medusa_heads import FILES, WITHIN_MODEL, MedusaHeads, MedusaLesson, export, load_heads, new_heads
 from drafters.medusa_joint import JointLesson
 from drafters.medusa_trees import best_paths, published_paths, remembered
@@ -34,6 +34,7 @@ from specdec.tree import TokenTree
 
 DEMO_HEADS = DEMO_FOLDER.parent / "medusa"
 NEW = "new"
+_NEW: dict[str, Any] = {"num_heads": 4, "num_layers": 1, "own_head": False}
 WAY_OUT = "give path=FOLDER_OR_HUB_ID of trained ones (specdec train makes them), or path=new where this is meant"
 
 
@@ -44,9 +45,10 @@ class Medusa(BaseDrafter):
         path: trained heads: a folder, a file or a hub id, in any published layout, a Medusa-2 model included; ``new``
             for new ones, which say what the target's own head says; None = those shipped for the demo target, where
             they are there, and new ones otherwise.
-        num_heads: K of new heads; of others their file tells.
-        num_layers: residual blocks of each new head.
-        own_head: new heads get output heads of their own, copies of the target's to begin with; else they share it.
+        num_heads: K; None = 4 of new heads, of others as many as they are.
+        num_layers: residual blocks of each head; None = 1 of new heads, of others as many as they have.
+        own_head: whether the heads have output heads of their own, in new ones copies of the target's to begin with,
+            or share it; None = new ones share it, others as they are. Other weights than these are refused.
         tree: rank paths such as ``[[0], [1], [0, 0]]``, or the name of a published tree; None = the best one for the
             heads' accuracies, which trained heads remember (for others those of published ones are taken).
         num_nodes: of that best tree, root not counted.
@@ -55,6 +57,7 @@ class Medusa(BaseDrafter):
         heads: the modules, once there is a target.
         acceptance: ``[d][r]``, how often the token of rank r of head d was right; training sets it, ``save`` keeps it.
         ignored: names in the checkpoint that are not the heads', with the reason.
+        loaded_from: where the heads come from; None = they are new.
 
     Raises:
         ValueError: sizes below one, an unknown or broken tree.
@@ -65,25 +68,27 @@ class Medusa(BaseDrafter):
     def __init__(
         self,
         path: str | None = None,
-        num_heads: int = 4,
-        num_layers: int = 1,
-        own_head: bool = False,
+        num_heads: int | None = None,
+        num_layers: int | None = None,
+        own_head: bool | None = None,
         tree: str | list[list[int]] | None = None,
         num_nodes: int = 24,
     ) -> None:
-        if num_heads < 1 or num_nodes < 1 or num_layers < (0 if own_head else 1):
+        self._sizes: dict[str, Any] = {"num_heads": num_heads, "num_layers": num_layers, "own_head": own_head}
+        self._new = _NEW | {name: size for name, size in self._sizes.items() if size is not None}
+        if self._new["num_heads"] < 1 or num_nodes < 1 or self._new["num_layers"] < (0 if own_head else 1):
             raise ValueError(
                 "expected num_heads >= 1, num_nodes >= 1 and num_layers >= 1 (0 with own_head=true); got "
                 f"{num_heads=}, {num_nodes=}, {num_layers=}, {own_head=}"
             )
         self.path, self.num_nodes = path, num_nodes
-        self._new = (num_heads, num_layers, own_head)
         paths = published_paths(tree) if isinstance(tree, str) else tree
         self._given = None if paths is None else Template.from_paths(paths)
         self.needs = _needs(num_nodes + 1 if self._given is None else self._given.num_nodes)
         self.heads: MedusaHeads | None = None
         self.acceptance: list[list[float]] | None = None
         self.ignored: list[str] = []
+        self.loaded_from: str | None = None
         self._joint: JointLesson | None = None
         self._target: Target | None = None
         self._state: Tensor | None = None
@@ -110,7 +115,11 @@ class Medusa(BaseDrafter):
         if path is None and is_demo(target.model) and DEMO_HEADS.is_dir():
             path = str(DEMO_HEADS)
         if path is None or path == NEW:
-            self.heads, self.acceptance, self.ignored = new_heads(target, *self._new), None, []
+            reason = why_no_own_head(target) if self._new["own_head"] else None
+            if reason is not None:
+                return reason
+            self.heads, self.acceptance, self.ignored = new_heads(target, **self._new), None, []
+            self.loaded_from = None
             if path is None:
                 warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
             return None
@@ -119,8 +128,12 @@ class Medusa(BaseDrafter):
         if reason is not None:
             return reason
         heads = load_heads(checkpoint, target)
+        sizes = {"num_heads": heads.num_heads, "num_layers": heads.num_layers, "own_head": heads.output is not None}
+        reason = why_other_weights(self._sizes, sizes, path)
+        if reason is not None:
+            return reason
         rates = remembered(checkpoint, heads.num_heads)
-        self.heads, self.acceptance, self.ignored = heads, rates, checkpoint.ignored
+        self.heads, self.acceptance, self.ignored, self.loaded_from = heads, rates, checkpoint.ignored, path
         return None
 
     def _shape(self, heads: MedusaHeads, target: Target) -> str | None:
@@ -201,9 +214,10 @@ class Medusa(BaseDrafter):
     def lesson(self, target: Target, joint: bool = False, **options: Any) -> Lesson:
         """Medusa-1, or with ``joint`` Medusa-2; the options are those of ``MedusaLesson`` and ``JointLesson``.
 
-        The heads become float32. With ``joint``, adapters are put into the target's model and stay there.
+        The heads become float32, and what was known of their acceptance is forgotten. With ``joint``, adapters are put
+        into the target's model and stay there.
         """
-        if self.heads is None:
+        if self.heads is None or self._target is None:
             raise ValueError("the heads are bound to no target yet; call fit(target) first")
         if self.heads.token_map is not None:
             raise ValueError("heads over a part of the vocabulary cannot be trained; expected heads over all of it")
@@ -212,6 +226,8 @@ class Medusa(BaseDrafter):
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"this lesson takes no {', '.join(unknown)}; it takes: joint, {', '.join(known)}")
+        _ = self._target.head_is_all  # asked for as long as no adapter is part of the answer
+        self.acceptance = None
         made = kind(self.heads.float().requires_grad_(True), target, **options)
         self._joint = made if isinstance(made, JointLesson) else None
         return made

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafters.base import device_of
+from drafters.base import device_of, why_no_own_head
 from specdec import checkpoints
 from specdec.checkpoints import BASE, WEIGHTS, Checkpoint
 from specdec.interfaces import Tap
@@ -50,6 +50,7 @@ class MedusaHeads(nn.Module):
         num_layers: L; 0 leaves the output heads alone.
         hidden: H.
         choices: C, rows of the heads' own output heads; None = they share the target's.
+        bias: the output heads of their own have biases, as the target's may have.
         where: dtype and device of the parameters.
 
     Attributes:
@@ -58,10 +59,19 @@ class MedusaHeads(nn.Module):
 
     token_map: Tensor | None
 
-    def __init__(self, num_heads: int, num_layers: int, hidden: int, choices: int | None = None, **where: Any) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_layers: int,
+        hidden: int,
+        choices: int | None = None,
+        bias: bool = False,
+        **where: Any,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(num_heads, hidden, **where) for _ in range(num_layers))
         self.output = None if choices is None else nn.Parameter(torch.zeros(num_heads, choices, hidden, **where))
+        self.output_bias = nn.Parameter(torch.zeros(num_heads, choices, **where)) if bias and choices else None
         self.num_heads, self.num_layers = num_heads, num_layers
         self.register_buffer("token_map", None, persistent=False)
 
@@ -101,24 +111,36 @@ class MedusaHeads(nn.Module):
         states = self(x, count)
         if self.output is None:
             return target.head(states.to(target.dtype))
-        return torch.bmm(states.transpose(0, 1), self.output[:count].transpose(1, 2)).transpose(0, 1)
+        logits = torch.bmm(states.transpose(0, 1), self.output[:count].transpose(1, 2)).transpose(0, 1)
+        return logits if self.output_bias is None else logits + self.output_bias[:count]
 
     def logits_of(self, head: int, x: Tensor, target: Target) -> Tensor:
         """``[M, H]`` -> ``[M, C]`` of a single head, where ``x`` is."""
         states = self.one(head, x)
         if self.output is None:
             return target.head(states.to(target.dtype)[None])[0].to(x.device)
-        return F.linear(states, self.output[head])
+        return F.linear(states, self.output[head], None if self.output_bias is None else self.output_bias[head])
 
 
 def new_heads(target: Target, num_heads: int, num_layers: int, own_head: bool) -> MedusaHeads:
-    """Heads that know nothing yet: each says what the target's head says."""
-    output, device = target.router.head.weight, device_of(target, "final")
+    """Heads that know nothing yet: each says what the target's head says.
+
+    Raises:
+        ValueError: output heads of their own for a target of which no copy would say the same.
+    """
+    reason = why_no_own_head(target) if own_head else None
+    if reason is not None:
+        raise ValueError(f"expected {reason}")
+    base, device = target.router.head, device_of(target, "final")
+    bias: Tensor | None = getattr(base, "bias", None)
     choices = target.vocab_size if own_head else None
-    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, dtype=target.dtype, device=device)
-    if heads.output is not None:
-        with torch.no_grad():
-            heads.output.copy_(output.expand_as(heads.output))
+    where: dict[str, Any] = {"dtype": target.dtype, "device": device}
+    heads = MedusaHeads(num_heads, num_layers, target.hidden_size, choices, bias is not None, **where)
+    with torch.no_grad():
+        if heads.output is not None:
+            heads.output.copy_(base.weight.expand_as(heads.output))
+        if heads.output_bias is not None and bias is not None:
+            heads.output_bias.copy_(bias.expand_as(heads.output_bias))
     return heads
 
 
@@ -174,21 +196,32 @@ def load_heads(checkpoint: Checkpoint, target: Target) -> MedusaHeads:
     tokens = _token_map(checkpoint, names.prefix + "token_map", target)
     hidden, device = target.hidden_size, device_of(target, "final")
     choices = None if not own else target.vocab_size if tokens is None else len(tokens)
-    heads = MedusaHeads(num_heads, num_layers, hidden, choices, dtype=target.dtype, device=device)
+    # The published layouts have none; ours has them where the target's output head has one.
+    with_bias = own and any(_bias_of(name) in there for name in outputs)
+    heads = MedusaHeads(num_heads, num_layers, hidden, choices, with_bias, dtype=target.dtype, device=device)
     heads.token_map = None if tokens is None or not own else tokens.to(device)
+    blocks = [names.of_block(head, layer) for head in range(num_heads) for layer in range(num_layers)]
+    biased = any(name + ".bias" in there for name in blocks)  # of all heads or of none
     with torch.no_grad():
         for layer, block in enumerate(heads.each_block()):
             for head in range(num_heads):
                 name = names.of_block(head, layer)
                 block.weight[head] = checkpoint.take(name + ".weight", (hidden, hidden))
-                if name + ".bias" in there:
+                if biased:
                     block.bias[head] = checkpoint.take(name + ".bias", (hidden,))
+        if heads.output_bias is not None:
+            for head, name in enumerate(outputs):
+                heads.output_bias[head] = checkpoint.take(_bias_of(name), (heads.output_bias.shape[1],))
         if heads.output is not None:
             taken = {name: _output(checkpoint, name, tokens, target) for name in dict.fromkeys(outputs)}
             for head, name in enumerate(outputs):
                 heads.output[head] = taken[name]
     checkpoint.close()
     return heads
+
+
+def _bias_of(name: str) -> str:
+    return name.removesuffix(".weight") + ".bias"
 
 
 def _output(checkpoint: Checkpoint, name: str, tokens: Tensor | None, target: Target) -> Tensor:
@@ -226,6 +259,9 @@ def named_tensors(heads: MedusaHeads, target: Target, own_head: bool) -> dict[st
             named[f"{head}.{layer}.linear.bias"] = block.bias[head]
     if own_head:
         base = target.router.head
+        reason = why_no_own_head(target) if heads.output is None else None
+        if reason is not None:
+            raise ValueError(f"expected layout specdec or medusa_v2, which share the output head, and {reason}")
         if heads.output is None and getattr(base, "bias", None) is not None:
             raise ValueError(
                 f"the output head of {target.name} has a bias, for which the heads' own output heads have no place; "
@@ -233,6 +269,8 @@ def named_tensors(heads: MedusaHeads, target: Target, own_head: bool) -> dict[st
             )
         outputs: Sequence[Tensor] = [base.weight] * heads.num_heads if heads.output is None else list(heads.output)
         named |= {f"{head}.{heads.num_layers}.weight": output for head, output in enumerate(outputs)}
+        if heads.output_bias is not None:
+            named |= {f"{head}.{heads.num_layers}.bias": bias for head, bias in enumerate(heads.output_bias)}
     return {name: tensor.detach().to(target.dtype) for name, tensor in named.items()}
 
 
@@ -251,7 +289,9 @@ def export(
         raise ValueError(f"heads over {len(heads.token_map)} of the tokens have no place in layout {layout!r}")
     if heads.output is not None and not own_head:
         raise ValueError(f"layout {layout!r} shares the target's output head; these heads have their own: use medusa")
-    weights, base = named_tensors(heads, target, own_head), checkpoints.base_of(target)
+    if heads.output_bias is not None and layout != "specdec":
+        raise ValueError(f"layout {layout!r} has no place for the biases of the heads' own output heads: use specdec")
+    weights, base = named_tensors(heads, target, own_head), checkpoints.saved_base(target)
     sizes = {"num_heads": heads.num_heads, "num_layers": heads.num_layers}
     learnt_rates = {} if acceptance is None else {"acceptance": [list(row) for row in acceptance]}
     if layout == "specdec":

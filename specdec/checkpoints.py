@@ -21,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdec.identity import fingerprint
 from specdec.loading import is_demo
 from specdec.target import Target
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BASE = "base_model_name_or_path"
+FINGERPRINT = "base_fingerprint"
 DEMO_NAME = "specdec/demo/target"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _KINDS: dict[Any, str] = {
@@ -50,16 +52,23 @@ class Checkpoint:
         config: of the drafter, as published; empty where there is none.
         place: what errors call it.
         beside: names of a whole model's tensors, among which the drafter's lie and which were not read.
+        ignored: what else the file holds, with the reason.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], config: Mapping[str, Any], place: str, beside: Sequence[str] = ()
+        self,
+        weights: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        place: str,
+        beside: Sequence[str] = (),
+        ignored: Sequence[str] = (),
     ) -> None:
         self._weights = dict(weights)
         self.config = dict(config)
         self.place = place
         self.in_whole_model = bool(beside)
         self.ignored = [f"{name} (of the whole model, not of the drafter)" for name in beside]
+        self.ignored += ignored
 
     @overload
     def setting(self, key: str, kind: type[Kind], default: None, *, least: float | None = None) -> Kind | None: ...
@@ -180,22 +189,28 @@ def read(
 
     Raises:
         FileNotFoundError: no such folder or weights; lists what there is.
-        ValueError: a file that is truncated or holds more than tensors, or a config that is no JSON object.
+        ValueError: a file that is truncated or holds more than tensors, a config that is no JSON object, or a hub id
+            that cannot be fetched.
     """
     place = Path(path).expanduser()
     if not place.exists():
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise FileNotFoundError(f"no checkpoint at {path}; expected a folder with {' or '.join(files)}, or a file")
+        if place.parent.is_dir():  # nobody who has the folder means a hub's user by it
+            there = ", ".join(sorted(found.name for found in place.parent.iterdir())[:5]) or "nothing"
+            raise FileNotFoundError(f"no checkpoint at {path}: {place.parent} is a folder here, and holds {there}")
         place = _download(path, files, within_model)
     folder = place if place.is_dir() else place.parent
     parts, beside = _parts(place, files, within_model) if place.is_dir() else ([place], [])
     weights: dict[str, Tensor] = {}
+    ignored: list[str] = []
     for part in parts:
-        found, others = _tensors(part, within_model)
+        found, others, odd = _tensors(part, within_model)
         weights |= found
         beside += others
+        ignored += odd
     settings = _object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return Checkpoint(weights, settings, path, beside)
+    return Checkpoint(weights, settings, path, beside, ignored)
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], file: str = WEIGHTS) -> None:
@@ -226,11 +241,16 @@ def base_of(target: Target) -> dict[str, Any]:
     }
 
 
+def saved_base(target: Target) -> dict[str, Any]:
+    """``base_of``, and the fingerprint by which the target is known again whatever its folder is called."""
+    return base_of(target) | {FINGERPRINT: fingerprint(target)}
+
+
 def why_other_base(config: Mapping[str, Any], target: Target) -> str | None:
     """Why a checkpoint with this config is not for this target; None where it may be.
 
     Compares what the config states: sizes, and the last part of the base model's name (folders are moved, and those of
-    the hub's cache go by the name of their repository).
+    the hub's cache go by the name of their repository). Another name does where the weights are known to be the same.
     """
     base, ours = config.get(BASE), base_of(target)
     for key in ("base_hidden_size", "base_vocab_size", "base_num_layers"):
@@ -238,6 +258,8 @@ def why_other_base(config: Mapping[str, Any], target: Target) -> str | None:
             name = key.removeprefix("base_")
             return f"a checkpoint for this model; this one is for {base} with {name}={config[key]!r}, not {ours[key]}"
     if isinstance(base, str) and base and ours[BASE] and _stem(base) != _stem(ours[BASE]):
+        if FINGERPRINT in config and config[FINGERPRINT] == fingerprint(target):
+            return None
         return (
             f"a checkpoint for {ours[BASE]}; this one is for {base} (if they are the same model, change {BASE} in its "
             f"{CONFIG})"
@@ -305,8 +327,8 @@ def _wanted(names: Iterable[str], within_model: str | None) -> list[str]:
     return [name for name in names if within_model is not None and name.startswith(within_model)] or names
 
 
-def _tensors(file: Path, within_model: str | None) -> tuple[dict[str, Tensor], list[str]]:
-    """The drafter's tensors in one file, and the names of the others."""
+def _tensors(file: Path, within_model: str | None) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The drafter's tensors in one file, the names of the others, and what is no tensor, with the reason."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; the index of this checkpoint names it")
     if file.suffix == ".safetensors":
@@ -316,7 +338,7 @@ def _tensors(file: Path, within_model: str | None) -> tuple[dict[str, Tensor], l
                 found = {name: opened.get_tensor(name) for name in _wanted(names, within_model)}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
-        return found, [name for name in names if name not in found]
+        return found, [name for name in names if name not in found], []
     try:
         # Mapped where the format allows it, so that only what is taken is read.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -325,26 +347,39 @@ def _tensors(file: Path, within_model: str | None) -> tuple[dict[str, Tensor], l
             f"{file}: expected a pickle of tensors alone, whole; what needs more is not loaded, because it could run "
             f"any code ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
-    named = dict(_flat(loaded))
+    flat = dict(_flat(loaded))
+    named = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     if not named:
         raise ValueError(f"{file}: expected named tensors, got {type(loaded).__name__}")
     found = {name: named[name] for name in _wanted(named, within_model)}
-    return found, [name for name in named if name not in found]
+    odd = [f"{name} (no tensor but {type(value).__name__})" for name, value in flat.items() if name not in named]
+    return found, [name for name in named if name not in found], odd
 
 
-def _flat(loaded: Any) -> Iterator[tuple[str, Tensor]]:
+def _flat(loaded: Any) -> Iterator[tuple[str, Any]]:
+    """What a pickle holds by name; the weights of a whole training state stand beside the rest of it."""
     if isinstance(loaded, Mapping):
         for name, value in loaded.items():
-            if isinstance(value, Tensor):
-                yield str(name), value
-            elif name in ("state_dict", "model"):
+            if name in ("state_dict", "model") and isinstance(value, Mapping):
                 yield from _flat(value)
+            else:
+                yield str(name), value
 
 
 def _download(path: str, files: Sequence[str], within_model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(path, allow_patterns=[CONFIG, *files, *_INDICES]))
+    def fetched(patterns: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(path, allow_patterns=patterns))
+        except Exception as error:  # whatever the hub's client and what it stands on raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{path} is no folder here, and the hub did not give it ({type(error).__name__}: {reason}); expected a "
+                f"folder with {' or '.join(files)}, or the id of a repository that can be reached"
+            ) from error
+
+    folder = fetched([CONFIG, *files, *_INDICES])
     parts, _ = _parts(folder, files, within_model)
     missing = [part.name for part in parts if not part.is_file()]
-    return Path(snapshot_download(path, allow_patterns=missing)) if missing else folder
+    return fetched(missing) if missing else folder

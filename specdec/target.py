@@ -261,12 +261,12 @@ class Target:
 
         Gradients reach ``states`` where the caller wants them, the head's own parameters where they are not frozen.
         """
-        if self._head_is_all:
+        if self.head_is_all:
             return self.router.head(states)
         return self._through_model(states)
 
     @cached_property
-    def _head_is_all(self) -> bool:
+    def head_is_all(self) -> bool:
         """Whether the output embedding alone makes the logits: no soft-cap, scaling or slicing comes after it."""
         with torch.inference_mode():
             states = torch.linspace(
@@ -279,7 +279,7 @@ class Target:
 
     def prepare(self) -> None:
         """Find out how the head is reached, which takes a short pass, before a request has to wait for it."""
-        _ = self._head_is_all
+        _ = self.head_is_all
 
     def _through_model(self, states: Tensor) -> Tensor:
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)

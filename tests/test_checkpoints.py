@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from specdec import checkpoints
 from specdec.checkpoints import Checkpoint
+from specdec.target import Target
+from zoo import build
 
 RATES = list[list[float]]
 
@@ -99,6 +102,52 @@ def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match="index.json: expected a (JSON object|weight_map)"):
         checkpoints.read(str(tmp_path))
+
+
+def test_what_is_no_tensor_is_listed(tmp_path: Path) -> None:
+    state = {"model": {"a": torch.zeros(2), "step": 3}, "optimizer": {"lr": 0.1}, "epoch": 1}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = checkpoints.read(str(tmp_path))
+    assert found.keys == ["a"]
+    assert not found.in_whole_model
+    assert found.ignored == ["step (no tensor but int)", "optimizer (no tensor but dict)", "epoch (no tensor but int)"]
+
+
+def test_a_folder_that_is_not_there_and_a_hub_that_gives_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(path: str, **_: Any) -> str:
+        asked.append(path)
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "drafter").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at run/draftr: run is a folder here, and holds drafter"):
+        checkpoints.read("run/draftr")
+    assert not asked
+    said = r"org/heads is no folder here, and the hub did not give it \(ConnectionError: no route\); expected a folder"
+    with pytest.raises(ValueError, match=said):
+        checkpoints.read("org/heads")
+    assert asked == ["org/heads"]
+
+
+def test_the_base_by_its_weights() -> None:
+    """The folder may be called anything; another training of the model is another model all the same."""
+    model = build("llama")
+    model.config._name_or_path = "org/base"
+    saved = json.loads(json.dumps(checkpoints.saved_base(Target(model))))
+    model.config._name_or_path = "somewhere/renamed"
+    assert checkpoints.why_other_base(saved, Target(model)) is None
+    other = build("llama", seed=1)
+    other.config._name_or_path = "somewhere/renamed"
+    assert "a checkpoint for somewhere/renamed; this one is for org/base" in str(
+        checkpoints.why_other_base(saved, Target(other))
+    )
+    other.config._name_or_path = "elsewhere/base"
+    assert checkpoints.why_other_base(saved, Target(other)) is None, "the same name, as before"
 
 
 def target_called(name: str) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from specdec import cli
 from specdec.build import build, choices, config_dir
+from specdec.commands._session import Session
+from specdec.loading import DEMO_FOLDER
 
 PROMPT = "def total(items):"
 SMALL = ("threads=1", "max_new_tokens=12")
@@ -52,6 +57,18 @@ def test_generate_shows_text(tmp_path: Path) -> None:
     assert "mean accepted tokens" in done.stdout
     assert PROMPT in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_checkpoint_holds_besides_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = DEMO_FOLDER.parent / "medusa"
+    torch.save({**load_file(shipped / "model.safetensors"), "step": 3}, tmp_path / "medusa_lm_head.pt")
+    shutil.copy(shipped / "config.json", tmp_path)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        overrides = ["target.device=cpu", "drafter=medusa", f"drafter.path={tmp_path}"]
+        session = Session(compose("generate", overrides=overrides))
+    session.speculate()
+    session.speculate()
+    assert capsys.readouterr().err == f"medusa: ignored in {tmp_path}: step (no tensor but int)\n"
 
 
 def test_demo_compares_and_is_exact_in_float32() -> None:

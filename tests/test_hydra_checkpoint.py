@@ -288,7 +288,11 @@ def test_truncated_files(tmp_path: Path) -> None:
 
 def test_another_base(tmp_path: Path) -> None:
     drafter_of(target_of(name="made/by-us-7b"), num_heads=2).save(tmp_path)
-    assert "this one is for made/by-us-7b" in refusal(tmp_path, target_of(name="made/by-us-13b"))
+    renamed, other_weights = target_of(name="made/by-us-13b"), target_of(name="made/by-us-13b")
+    assert Hydra(str(tmp_path)).fit(renamed) is None, "the very weights, whatever their folder is called"
+    with torch.no_grad():
+        other_weights.router.head.weight.mul_(1.01)
+    assert "this one is for made/by-us-7b" in refusal(tmp_path, other_weights)
     other = refusal(tmp_path, target_of(name="made/by-us-7b", hidden_size=64))
     assert "with hidden_size=32, not 64" in other
 

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, N nodes, K heads, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,41 @@ def test_new_heads_say_what_the_target_says(arch: str, own_head: bool, num_layer
             assert torch.equal(
                 got.argsort(-1, descending=True)[..., :5], expected.argsort(-1, descending=True)[..., :5]
             )
+
+
+@torch.no_grad()
+def test_new_output_layers_are_copies_bias_included() -> None:
+    target = target_of("phi")
+    heads = heads_of(drafter_of(target, arch="mlp", own_head=True))
+    given = torch.randn(2, 5, target.hidden_size, generator=torch.Generator().manual_seed(1))
+    sums = heads.open(given, given, 1)
+    torch.testing.assert_close(heads.logits(0, sums, target), target.head(given), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_no_copy_of_an_output_head_says_what_a_soft_cap_or_scale_makes_of_it(family: str, tmp_path: Path) -> None:
+    target = target_of(family)
+    assert "own_head=false: " in str(Hydra(arch="mlp", own_head=True).fit(target))
+    shared = drafter_of(target, path="new")
+    with pytest.raises(ValueError, match="expected layout specdec, which shares the target's output head, and own_"):
+        shared.save(tmp_path, "hydra")
+    shared.save(tmp_path)
+
+
+def test_options_that_the_loaded_heads_are_not(tmp_path: Path) -> None:
+    target = target_of()
+    drafter_of(target, arch="mlp", num_heads=2).save(tmp_path)
+    said = str(Hydra(str(tmp_path), arch="prefix-mlp", num_layers=4, num_heads=2).fit(target))
+    assert said == (
+        f"arch=mlp, num_layers=1 (or null), as the weights at {tmp_path} have it; got arch=prefix-mlp, num_layers=4, "
+        "which path=new makes new ones with"
+    )
+    drafter = Hydra(str(tmp_path), arch="mlp", num_heads=2, num_layers=1, own_head=False)
+    assert drafter.fit(target) is None
+    assert drafter.loaded_from == str(tmp_path)
+    drafter.acceptance = [[0.5], [0.5]]
+    drafter.lesson(target)
+    assert drafter.acceptance is None, "what learns is no longer what was judged"
 
 
 @pytest.mark.parametrize("own_head", [False, True])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,8 +184,10 @@ def test_new_heads_say_what_the_target_says(family: str) -> None:
         assert torch.equal(heads.logits(last, target, 3), target.head(last[:, None].repeat(1, 3, 1)))
 
 
-def test_new_output_heads_are_copies_of_the_targets() -> None:
-    model = model_of("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_new_output_heads_are_copies_of_the_targets(family: str) -> None:
+    """Of the target's output head's weight and bias."""
+    model = model_of(family)
     target, states = target_of(model), final_states(model, torch.arange(2, 26).view(2, 12))
     heads = new_heads(target, 3, 1, own_head=True)
     with torch.no_grad():
@@ -193,6 +196,17 @@ def test_new_output_heads_are_copies_of_the_targets() -> None:
         torch.testing.assert_close(
             heads.logits(states[:, -1], target, 2), target.head(states[:, -1:]).expand(-1, 2, -1), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_no_copy_of_an_output_head_says_what_a_soft_cap_or_scale_makes_of_it(family: str, tmp_path: Path) -> None:
+    target = target_of(model_of(family))
+    assert "own_head=false: " in str(Medusa(own_head=True).fit(target))
+    shared = Medusa(path="new")
+    assert shared.fit(target) is None
+    with pytest.raises(ValueError, match="expected layout specdec or medusa_v2, which share the output head, and own_"):
+        shared.save(tmp_path, "medusa")
+    shared.save(tmp_path)
 
 
 @pytest.mark.parametrize("own_head", [False, True])
@@ -336,8 +350,7 @@ def test_the_lesson_is_its_definition(labels: str, own_head: bool) -> None:
     torch.testing.assert_close(got["loss"], total, atol=CLOSE, rtol=CLOSE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize(("family", "own_head"), [("llama", False), ("llama", True), ("gemma2", False), ("phi", True)])
 def test_only_the_heads_learn(family: str, own_head: bool) -> None:
     model = build(family).requires_grad_(False)
     drafter = fitted(model, num_layers=2, own_head=own_head)

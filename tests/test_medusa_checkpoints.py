@@ -100,10 +100,61 @@ def test_round_trips(layout: str, own_head: int, num_layers: int, dtype: str, tm
     drafter.save(tmp_path / "heads", layout)
     assert sorted(file.name for file in (tmp_path / "heads").iterdir()) == sorted(["config.json", FILE_OF[layout]])
     for path in (tmp_path / "heads", tmp_path / "heads" / FILE_OF[layout]):
-        again = fitted(path, dtype, num_heads=1, own_head=not own_head)
+        again = fitted(path, dtype)
         assert_same(heads_of(again), heads_of(drafter))
         assert again.acceptance == drafter.acceptance
         assert again.ignored == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "got"),
+    [
+        ({"num_heads": 4}, "num_heads=3", "num_heads=4"),
+        ({"num_layers": 2, "own_head": True}, "num_layers=1, own_head=false", "num_layers=2, own_head=true"),
+    ],
+)
+def test_options_that_the_loaded_heads_are_not(
+    options: dict[str, Any], expected: str, got: str, tmp_path: Path
+) -> None:
+    drafter = trained(num_heads=3)
+    drafter.save(tmp_path)
+    said = Medusa(str(tmp_path), **options).fit(target_of(model_of()))
+    assert said == (
+        f"{expected} (or null), as the weights at {tmp_path} have it; got {got}, which path=new makes new ones with"
+    )
+    again = fitted(tmp_path, num_heads=3, num_layers=1, own_head=False)
+    assert (again.loaded_from, drafter.loaded_from) == (str(tmp_path), None)
+
+
+def test_output_heads_with_the_targets_bias_round_trip(tmp_path: Path) -> None:
+    target = target_of(build("phi"))
+    drafter = Medusa("new", num_heads=2, own_head=True)
+    assert drafter.fit(target) is None
+    shake(heads_of(drafter))
+    drafter.save(tmp_path)
+    again = Medusa(str(tmp_path))
+    assert again.fit(target) is None
+    assert heads_of(again).output_bias is not None
+    assert_same(heads_of(again), heads_of(drafter))
+    with pytest.raises(ValueError, match="layout 'medusa' has no place for the biases"):
+        drafter.save(tmp_path, "medusa")
+
+
+def test_blocks_have_biases_all_or_none(tmp_path: Path) -> None:
+    weights = published(2)
+    del weights["1.0.linear.bias"]
+    assert "expected a key 1.0.linear.bias" in refusal(write(tmp_path, weights, {}, "medusa_lm_head.pt"))
+
+
+def test_what_learns_has_no_rates_until_it_is_judged(tmp_path: Path) -> None:
+    drafter = trained(num_heads=2)
+    drafter.acceptance = [[0.5], [0.5]]
+    drafter.save(tmp_path / "judged")
+    again = fitted(tmp_path / "judged")
+    assert again.acceptance == [[0.5], [0.5]]
+    again.lesson(target_of(model_of()))
+    again.save(tmp_path / "learning")
+    assert "acceptance" not in json.loads((tmp_path / "learning" / "config.json").read_text())
 
 
 def test_learning_heads_are_saved_in_the_targets_dtype(tmp_path: Path) -> None:
@@ -271,6 +322,8 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
     for folder in ("ours", "public"):
         config = tmp_path / folder / "config.json"
         config.write_text(config.read_text().replace("org/tiny-base", "other/bigger-base"))
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps(settings | {"base_fingerprint": "another's"}))
         reason = refusal(tmp_path / folder)
         assert "a checkpoint for org/tiny-base; this one is for other/bigger-base" in reason
         config.write_text(config.read_text().replace("other/bigger-base", "/moved/to/Tiny-Base/"))

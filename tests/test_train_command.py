@@ -6,11 +6,13 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +21,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import zoo
 from pupils import Pupil
 from specdec import cli
-from specdec.build import build, build_drafter, choices, config_dir
+from specdec.build import build, build_drafter, choices, config_dir, load
 from specdec.commands import train
-from specdec.loading import demo_target
+from specdec.loading import DEMO_FOLDER, demo_target
 from specdec.target import Target
 from specdec.training import features
 from specdec.training.trainer import DrafterTrainer
@@ -157,6 +160,54 @@ def test_only_what_a_training_left_is_overwritten(
     assert "give another output=FOLDER" in said
     assert ours in said
     assert place.read_text() == "model: mine"
+
+
+@pytest.mark.usefixtures("pupil")
+@pytest.mark.parametrize("steps", [2, 4], ids=["the last one", "one to go on from"])
+def test_a_checkpoint_that_a_kill_left_without_its_drafter_gets_it(steps: int, chats: Path, tmp_path: Path) -> None:
+    output, arguments = tmp_path / "run", (*SMALL, f"data.path={chats}")
+    assert run(*arguments, f"output={output}", "trainer.max_steps=2") == 0
+    bare = output / "checkpoint-2"
+    expected = torch.load(bare / "drafter" / "weights.pt", weights_only=True)
+    shutil.rmtree(bare / "drafter")
+    for file in (bare / "provenance.json", output / "metrics.json"):
+        file.unlink()
+    assert run(*arguments, f"output={output}", f"trainer.max_steps={steps}", "resume=true") == 0
+    made = torch.load(bare / "drafter" / "weights.pt", weights_only=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
+    for place in (bare, bare / "drafter"):
+        assert json.loads((place / "provenance.json").read_text())["step"] == 2
+
+
+def test_what_it_starts_from_is_said(chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (*SMALL, "drafter=hydra_heads", "target.device=cpu", f"data.path={chats}", "trainer.max_steps=1")
+    assert run(*arguments, f"output={tmp_path / 'shipped'}") == 0
+    shipped = DEMO_FOLDER.parent / "hydra_heads"
+    assert (
+        f"starts from the weights at {shipped}, which are shipped; drafter.path=new starts" in capsys.readouterr().err
+    )
+    assert run(*arguments, f"output={tmp_path / 'other'}", "drafter.arch=mlp") == 2
+    said = capsys.readouterr().err
+    assert "arch=mlp, which path=new makes new ones with" in " ".join(said.split())
+    assert run(*arguments, f"output={tmp_path / 'new'}", "drafter.path=new", "drafter.arch=mlp") == 0
+    assert "starts from new weights" in capsys.readouterr().err
+
+
+def test_that_nothing_was_trained_yet_is_no_news_to_a_training() -> None:
+    """Warnings are errors here."""
+    session: Any = SimpleNamespace(model=zoo.build("llama"), config={"verifier": load("verifier", "tree_attention")})
+    drafter = build_drafter("medusa")
+    train._frozen_target(session, drafter)
+    assert vars(drafter)["loaded_from"] is None
+
+
+def test_a_layout_that_a_joint_run_cannot_have_is_known_before(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("drafter=medusa", "drafter.path=new", "drafter.own_head=true", "loss.joint=true", "layout=medusa_v2")
+    assert run(*SMALL, *arguments, f"data.path={chats}", f"output={tmp_path / 'run'}") == 2
+    assert "layout 'medusa_v2' shares the target's output head" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 @pytest.mark.usefixtures("pupil")

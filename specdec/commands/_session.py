@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,21 @@ def checked_temperature(temperature: Any) -> float:
     return temperature
 
 
+def say_ignored(drafter: Any, say: Callable[[str], None], most: int = 3) -> None:
+    """Tell a user what the file of a drafter's weights holds besides them, in one line.
+
+    Args:
+        drafter: that may have loaded weights, or the adaptive one around it.
+        say: told the line, where there is one.
+        most: so many entries by name.
+    """
+    drafter = getattr(drafter, "drafter", drafter)
+    ignored = getattr(drafter, "ignored", [])
+    if ignored:
+        more = f" and {len(ignored) - most} more" if len(ignored) > most else ""
+        say(f"{drafter.name}: ignored in {drafter.loaded_from}: {', '.join(ignored[:most])}{more}")
+
+
 class Session:
     """One target with one drafter, as a config describes them."""
 
@@ -45,6 +60,7 @@ class Session:
         if self.config.get("dtype") is not None:
             target["dtype"] = self.config["dtype"]
         self.loaded: Loaded = build(target)
+        self._told = set[str]()  # of which weights it was said what they hold besides
         if self.config.get("threads"):
             torch.set_num_threads(self.config["threads"])
 
@@ -76,7 +92,14 @@ class Session:
         built = with_tree(build_drafter(drafter), tree, self.model)
         if isinstance(built, Adaptive):
             built.announce = Console(stderr=True).print
-        return attach(self.model, built, verifier, compiling, self.loaded.cuda_graphs, attention)
+        model = attach(self.model, built, verifier, compiling, self.loaded.cuda_graphs, attention)
+        say_ignored(built, self._say_once)
+        return model
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate`` that the config sets.

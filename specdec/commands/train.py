@@ -15,9 +15,11 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from specdec.checkpoints import CONFIG as DRAFTER_CONFIG
 from specdec.commands import _runs
 from specdec.commands._data import choice
 from specdec.commands._runs import DRAFTER, LOSSES, METRICS, PROCESSES
-from specdec.commands._session import Session
+from specdec.commands._session import Session, say_ignored
 from specdec.commands._texts import Texts, check_features, check_length, texts_of, with_states
 from specdec.evaluation.provenance import now, provenance
 from specdec.evaluation.records import replace_text
@@ -103,6 +105,8 @@ def run(config: DictConfig) -> float | int | None:
     done, checkpoint = ranks.share(claimed)
     if done:
         return _result(_runs.finished(this.folder))
+    if checkpoint is None:
+        _say_start(pupil.drafter, this)
     this = replace(this, checkpoint=None if checkpoint is None else Path(checkpoint))
     try:
         for mine in (ranks.is_first, not ranks.is_first):  # the first one makes what the others find
@@ -146,12 +150,11 @@ def _prepared(
         settings["trainer"] or {}, folder, settings["seed"], target, evaluates=bool(settings["eval_share"])
     )
     check_packed(target)
+    with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
+        drafter.save(Path(scratch), settings["layout"])
     pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
     frozen = Frozen(target, pupil.lesson.taps)
     check_features(settings["features"], frozen)
-    if not pupil.is_joint:
-        with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
-            drafter.save(Path(scratch), settings["layout"])
     texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
@@ -189,7 +192,7 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
     trainer = DrafterTrainer(pupil.lesson, arguments, frozen, texts.train, texts.held_out, callbacks)
     if not pupil.is_joint:
         layout = this.said["config"]["layout"]
-        trainer.add_callback(AtCheckpoints(lambda folder: _keep(pupil, folder, layout, trainer.acceptance())))
+        trainer.add_callback(AtCheckpoints(partial(_keep, pupil, trainer, layout), DRAFTER))
     try:
         with told, _told_when_full(this.folder):
             metrics: dict[str, Any] = trainer.learn(this.checkpoint)
@@ -208,11 +211,23 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
     return metrics
 
 
-def _keep(pupil: Pupil, checkpoint: Path, layout: str, acceptance: list[list[float]] | None) -> None:
+def _say_start(drafter: Any, this: Run) -> None:
+    """Say which weights are trained, since those that are shipped or given are taken up without being asked for."""
+    place = getattr(drafter, "loaded_from", None)
+    if place is None:
+        this.say("starts from new weights")
+    else:
+        asked = getattr(drafter, "path", None) is not None
+        more = "" if asked else ", which are shipped; drafter.path=new starts from new ones"
+        this.say(f"starts from the weights at {place}{more}")
+    say_ignored(drafter, this.say)
+
+
+def _keep(pupil: Pupil, trainer: Any, layout: str, checkpoint: Path) -> None:
     """Put the drafter as it is now into a checkpoint, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=checkpoint) as scratch:
         made = Path(scratch) / DRAFTER
-        pupil.save(made, layout, acceptance)
+        pupil.save(made, layout, trainer.acceptance())
         shutil.copyfile(checkpoint / _runs.PROVENANCE, made / _runs.PROVENANCE)
         shutil.rmtree(checkpoint / DRAFTER, ignore_errors=True)
         made.replace(checkpoint / DRAFTER)
@@ -294,7 +309,10 @@ def _learners() -> Iterator[str]:
 
 def _frozen_target(session: Session, drafter: Any) -> Target:
     """Bind the drafter as decoding would; the model generates plainly afterwards and learns nothing."""
-    attach(session.model, drafter, build_verifier(session.config["verifier"]))
+    with warnings.catch_warnings():
+        # Untrained is what a drafter may be before its training.
+        warnings.filterwarnings("ignore", message="drafter .* has no trained weights")
+        attach(session.model, drafter, build_verifier(session.config["verifier"]))
     target = speculation_of(session.model).target
     restore(session.model)
     session.model.requires_grad_(False)
