@@ -9,6 +9,7 @@ Shapes: B rows, W prompt columns, C nodes of the chain, w nodes of a level, N no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,6 +21,8 @@ from specdec.interfaces import Context, DecodeState, Needs, Prefill
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.tree import TokenTree, Topology
+
+_CHAIN = 4  # nodes in front of a tree that graphs are made for at least
 
 
 class Follower:
@@ -35,6 +38,7 @@ class Follower:
         # Positions beyond it do not exist in models with a position table, and mean little in the others.
         self.limit: int = getattr(target.config, "max_position_embeddings", None) or 2**31
         self.context: Context | None = None
+        self._warned = False
 
     def open(self, state: DecodeState, prefill: Prefill, nodes: int, level: int) -> None:
         """Read the prompt. A prompt without ids, or one beyond the model's positions, is not followed.
@@ -69,8 +73,14 @@ class Follower:
             self.target.graphs = None
         elif self.target.graphs is None:
             compiling = None if graphs.compiler is None else graphs.announce
-            # The chain in front is seldom longer than a leaf and the bonus.
-            self.target.use_graphs(max(level, 2), compiling, graphs.capture is not None)
+            capture = graphs.capture is not None and self.target.device.type == "cuda"
+            if graphs.capture is not None and not capture and not self._warned:
+                self._warned = True
+                where = f"{self.target.name} drafts on {self.target.device}"
+                warnings.warn(f"{where}, where there are no CUDA graphs; its passes are not captured", stacklevel=2)
+            if compiling is not None or capture:
+                # The chain in front is seldom longer than a leaf and the bonus.
+                self.target.use_graphs(max(level, _CHAIN), compiling, capture)
 
     def begin(self, state: DecodeState) -> Growth | None:
         """The tree of one step, nothing of it run yet; None where no row can be followed."""

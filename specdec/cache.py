@@ -212,7 +212,11 @@ class TreeCache(Cache):
         return self._rows[slab]
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers."""
+        """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers.
+
+        A slab at a time: one launch of a device's kernel where all layers share a slab, and one per slab where graphs
+        need them apart.
+        """
         for slab in self._slabs:
             device = slab.storage.device
             read, written = source.to(device), target.to(device)

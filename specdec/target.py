@@ -197,13 +197,20 @@ class Target:
         """Within the block the layers use the attention of tree passes."""
         return nullcontext() if self.attention is None else self._switch.to(self.attention.implementation)
 
-    def use_graphs(self, max_nodes: int, compiling: Callable[[str], None] | None, capture: bool = False) -> None:
+    def use_graphs(
+        self,
+        max_nodes: int,
+        compiling: Callable[[str], None] | None,
+        capture: bool = False,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         """From now on run passes over up to ``max_nodes`` nodes as graphs where they recur (``specdec.graphs``).
 
         Args:
             max_nodes: N of the largest tree to come.
             compiling: compile them, and tell this about it; None leaves them as they are.
             capture: capture them as CUDA graphs.
+            sizes: the smaller sizes that passes are padded to; None = the usual few.
 
         Raises:
             ValueError: CUDA graphs of a model that is not on a CUDA device.
@@ -217,6 +224,7 @@ class Target:
             None if compiling is None else passes.inductor,
             CudaGraphs(self.device) if capture else None,
             None if self.attention is None else self.attention.implementation,
+            sizes,
         )
 
     def _as_graph(

@@ -130,7 +130,7 @@ def _packed(kind: str, size: int, topology: Topology, nodes: slice, lengths: Seq
     words = topology.words[:, nodes, : -(-stop // 64)]
     packed = torch.empty(rows, 1, words.shape[1], 3 + words.shape[2], dtype=torch.int64, device=device)
     uniform = len(set(lengths)) == 1
-    committed: int | Tensor = lengths[0] if uniform else torch.tensor(lengths, device=device)[:, None]
+    committed: int | Tensor = lengths[0] if uniform else upload(lengths, device)[:, None]
     packed[:, 0, :, 0] = committed
     packed[:, 0, :, 1] = stop
     if kind == FULL or (kind == SLIDING and max(lengths) + topology.max_depth < size):

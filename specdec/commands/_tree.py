@@ -22,6 +22,7 @@ from specdec.tuning.counts import AcceptanceCounts
 from specdec.tuning.files import TreeFile, described
 from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
 
+_GRAPHS = (4, 8, 12, 16, 24, 32, 48, 64)  # sizes of trees considered where passes run as graphs
 _SHAPES = (4, 8, 16, 24, 32, 48, 64, 96)  # nodes of the trees that drafting is timed with
 _AGAIN = 16.0  # walks that the first look is worth beside a second one
 _LOOKS = 2  # at most, with trees chosen by what the look before saw
@@ -33,8 +34,8 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        max_nodes: of the largest tree considered, the root included. Where passes are compiled it is a size of its own
-            beside the few that graphs are made for, and no others are considered.
+        max_nodes: of the largest tree considered, the root included. Where passes run as graphs, trees of this size, of
+            the published one's and of some sizes between are considered, each of which a graph is made for.
         max_depth: of the deepest one, where the drafter sets no limit.
         max_width: ranks considered.
         calibration_nodes: of the wide tree that acceptance is counted with.
@@ -108,9 +109,11 @@ class TreeTuner:
         self.width = min(plan.max_width, drafter.widest)
         self.largest = max(plan.max_nodes, len(self.published) + 1)
         target = self.handle.target
-        if graph_sizes(target) is not None:
+        if (graphs := target.graphs) is not None:
             # Only sizes that are graphs have a time of their own; the chosen tree will be one.
-            target.use_graphs(self.largest, self._say)
+            sizes = (*_GRAPHS, len(self.published) + 1)
+            compiling = None if graphs.compiler is None else self._say
+            target.use_graphs(self.largest, compiling, graphs.capture is not None, sizes)
         self.graphs = graph_sizes(target)
         context = session.loaded.context_length
         if context is not None and max(plan.contexts) + self.largest > context:

@@ -28,14 +28,20 @@ class PassShape:
         nodes: M.
         route: what part of the model runs; states enter where ``route.lo > 0``.
         taps: states that it returns.
-        attention: by which name layers find the attention that takes packed masks; None = the model's own.
+        attention: that layers use, told apart by name and code (``graphs.state.attention_key``).
+        words: W of packed masks; 0 = masks are additive.
+        cache: dtypes of the slabs, K and V by layer; a single one where they agree.
+        autocast: to which torch casts on the way; None = it does not.
     """
 
     batch: int
     nodes: int
     route: Route
     taps: tuple[Tap, ...] = ()
-    attention: str | None = None
+    attention: str = ""
+    words: int = 0
+    cache: tuple[torch.dtype, ...] = ()
+    autocast: torch.dtype | None = None
 
     @property
     def enters(self) -> bool:
@@ -64,7 +70,6 @@ class Buffers:
         kinds: kinds of attention, each with a mask of its own.
         like: dtype and device of the masks.
         hidden: states that enter are ``[B, M, hidden]``; 0 = none do.
-        words: W of packed masks; 0 = masks are additive.
 
     Attributes:
         token_ids, positions, slots: int64 ``[B, M]``.
@@ -73,21 +78,19 @@ class Buffers:
         usable: most slots that a pass may see; graphs hold for K < C.
     """
 
-    def __init__(
-        self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int, words: int = 0
-    ) -> None:
+    def __init__(self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int) -> None:
         def ints() -> Tensor:
             return torch.zeros(shape.batch, shape.nodes, dtype=torch.int64, device=like.device)
 
         self.token_ids, self.positions, self.slots = ints(), ints(), ints()
         self.low = torch.finfo(like.dtype).min
         size = (shape.batch, 1, shape.nodes)
-        if words:
-            empty = torch.zeros(*size, 3 + words, dtype=torch.int64, device=like.device)
+        if shape.words:
+            empty = torch.zeros(*size, 3 + shape.words, dtype=torch.int64, device=like.device)
         else:
             empty = torch.full((*size, cache.capacity), self.low, dtype=like.dtype, device=like.device)
         self.masks = {kind: empty.clone() for kind in kinds}
-        self.packed = words > 0
+        self.packed = shape.words > 0
         self.states = like.new_zeros(shape.batch, shape.nodes, hidden) if hidden else None
         self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)

@@ -11,9 +11,10 @@ Two things can be done with the traced pass, alone or together: compile it (``co
 from __future__ import annotations
 
 import time
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from specdec.cache import TreeCache
 from specdec.graphs.buffers import Buffers, PassShape
 from specdec.graphs.constants import Weights
+from specdec.graphs.state import attention_key, condition, foreign_hook
 from specdec.graphs.store import Graph, Store, identity
 from specdec.graphs.tracing import PassModule, trace, unpack
 from specdec.interfaces import Context, Tap
@@ -51,7 +53,7 @@ Capture = Callable[[Run], Run]
 
 
 class _Made:
-    """The graphs of one model, and by what to tell that its weights or hooks have changed since."""
+    """The graphs of one model, and by what to tell that it has changed since."""
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[PassShape, int], Graph] = {}
@@ -75,6 +77,7 @@ class GraphPasses:
         compiler: None runs the model's own forward.
         capture: None runs without fixed buffers.
         attention: whose masks are packed; None = the model's own.
+        sizes: the buckets beside 1 and ``max_nodes``, where they are smaller; None = the usual few.
     """
 
     def __init__(  # noqa: PLR0913 - what a target knows of its passes
@@ -87,17 +90,24 @@ class GraphPasses:
         compiler: Compiler | None = inductor,
         capture: Capture | None = None,
         attention: str | None = None,
+        sizes: Iterable[int] | None = None,
     ) -> None:
         self.attention = attention
         self.model, self.router, self.announce = model, router, announce
         self.kinds, self.by_layer = list(kinds.sizes), kinds.by_layer
         self.compiler, self.capture = compiler, capture
-        self.buckets = sorted({1, max_nodes, *(size for size in _SIZES if 2 * size <= max_nodes)})
+        usual = [size for size in _SIZES if 2 * size <= max_nodes]
+        between = usual if sizes is None else [size for size in sizes if size < max_nodes]
+        self.buckets = sorted({1, max_nodes, *between})
         self.failures: dict[Route, str] = {}
+        self._said = set[str]()
         self._made = _MADE.setdefault(model, _Made())
         self._seen: Counter[PassShape] = Counter()
         self._views: dict[PassShape, tuple[Buffers, Run | None]] = {}
         self._of: tuple[Callable[[], TreeCache | None], int] = (lambda: None, 0)
+        # Of the present request:
+        self._hook: str | None = None
+        self._attends, self._dtypes = "", tuple[torch.dtype, ...]()
 
     def __call__(
         self,
@@ -118,16 +128,24 @@ class GraphPasses:
 
         Returns:
             Logits ``[B, n, V]`` (None where the route has none) and taps ``[B, n, H]``; None where this pass has no
-            graph. Where one could not be made, ``failures`` says why, and it is not tried again.
+            graph, which is warned of once per reason. Where one could not be made, ``failures`` says why, and
+            it is not tried again.
         """
-        if not self._takes(context, inputs, route, taps):
+        if route in self.failures or not (route.logits or taps):  # without either it is run for its K/V alone
             return None
+        self._refresh(context)
         batch, nodes = inputs["input_ids"].shape
+        if (reason := self._why_not(context, inputs)) is not None:
+            self._say(reason)
+            return None
+        if nodes > self.buckets[-1]:
+            self._say(f"graphs are made for up to {self.buckets[-1]} nodes", "passes over more")
+            return None
         own = () if states is None else (route.lo,)  # what enters needs no way through the graph
         asked = tuple(tap for tap in dict.fromkeys(taps) if tap not in own)
         bucket = next(size for size in self.buckets if size >= nodes)
-        shape = PassShape(batch, bucket, route, asked, self.attention)
-        if not self._recurs(context, shape):
+        shape = self._shape(batch, bucket, route, asked, inputs["input_ids"].device.type)
+        if not self._recurs(shape):
             return None
         try:
             buffers, run = self._view(context, shape, states)
@@ -143,40 +161,62 @@ class GraphPasses:
             found |= {tap: states for tap in taps if tap in own}
         return logits, found
 
-    def _takes(self, context: Context, inputs: Mapping[str, Any], route: Route, taps: Sequence[Tap]) -> bool:
+    def _why_not(self, context: Context, inputs: Mapping[str, Any]) -> str | None:
+        """Why passes of such a request are no graphs; None where they are."""
         template = context.template
-        return (
-            route not in self.failures
-            and inputs["input_ids"].shape[1] <= self.buckets[-1]
-            and template.keys() <= _UNDERSTOOD
-            and not template.get("output_hidden_states")
-            and not template.get("output_attentions")
-            and template["position_ids"].dim() == 2
-            and (self.attention is not None or _additive(inputs["attention_mask"]))
-            and not self.model.training
-            and (route.logits or bool(taps))
-        )
+        if self._hook is not None:
+            return f"{self._hook}, which graphs would not call"
+        if self.model.training:
+            return "the model is in training mode"
+        if not template.keys() <= _UNDERSTOOD:
+            return f"its forward is given {', '.join(sorted(template.keys() - _UNDERSTOOD))}, which graphs do not take"
+        for name in ("output_hidden_states", "output_attentions"):
+            if template.get(name):
+                return f"graphs do not return what {name} asks for"
+        if template["position_ids"].dim() != 2:
+            return f"its positions have {template['position_ids'].dim()} dimensions, those of graphs have 2"
+        if self.attention is None and not _additive(inputs["attention_mask"]):
+            return "its attention masks are no numbers to be added"
+        return None
 
-    def _recurs(self, context: Context, shape: PassShape) -> bool:
+    def _say(self, reason: str, what: str = "the passes") -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"{reason}; {what} of {type(self.model).__name__} run uncompiled", stacklevel=5)
+
+    def _shape(self, batch: int, bucket: int, route: Route, taps: tuple[Tap, ...], device: str) -> PassShape:
+        words = 0 if self.attention is None else -(-self.buckets[-1] // 64)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return PassShape(batch, bucket, route, taps, self._attends, words, self._dtypes, autocast)
+
+    def _recurs(self, shape: PassShape) -> bool:
         """Whether such passes have a graph, or are worth one by now."""
-        self._refresh(context)
         if (shape, torch.get_num_threads()) in self._made.graphs:
             return True
         self._seen[shape] += 1
-        return len(self._made.graphs) < _MOST_GRAPHS and (shape.route.is_full or self._seen[shape] > RECURS)
+        if not shape.route.is_full and self._seen[shape] <= RECURS:
+            return False
+        if len(self._made.graphs) >= _MOST_GRAPHS:
+            self._say(f"{_MOST_GRAPHS} graphs are made of a model at most", "passes of other shapes")
+            return False
+        return True
 
     def _refresh(self, context: Context) -> None:
-        """Forget what stands on slabs or weights that are no more."""
+        """Forget what stands on slabs that are no more, or on a model that was another."""
         cache = context.cache
         if self._of[0]() is cache and self._of[1] == cache.capacity:
             return
         self._views.clear()
         self._of = weakref.ref(cache), cache.capacity
-        weights = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in self.model.parameters())
-        hooks = tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.model.modules())
-        if self._made.state != (weights, hooks):
+        dtypes = tuple(slab.dtype for layer in cache.layers for slab in (layer.keys, layer.values))
+        self._dtypes = dtypes[:1] if len(set(dtypes)) == 1 else dtypes
+        own = self.model.config.get_text_config(decoder=True)._attn_implementation
+        self._attends = attention_key(self.attention or str(own))
+        self._hook = foreign_hook(self.model)
+        state = condition(self.model)
+        if self._made.state != state:
             self._made.graphs.clear()
-            self._made.state, self._made.store = (weights, hooks), None
+            self._made.state, self._made.store = state, None
 
     def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> tuple[Buffers, Run | None]:
         """The buffers of a graph over the request's cache, and what was captured over them."""
@@ -184,8 +224,7 @@ class GraphPasses:
             like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
             hidden = 0 if states is None else states.shape[-1]
             kinds = self.kinds if self.by_layer else self.kinds[:1]
-            words = 0 if self.attention is None else -(-self.buckets[-1] // 64)
-            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden, words), None
+            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
         return self._views[shape]
 
     def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:

@@ -2,8 +2,9 @@
 
 A graph is compiled ahead of time (AOTInductor) into one library, which is a folder under the user's cache beside how
 its constants follow from the model's weights (``graphs.constants``). The folder's name is a digest of everything that
-the code depends on: the model's structure and source, configuration, dtypes, devices, attention; what the pass is;
-threads, processor and accelerator; versions. Weights are not among it, unless some were folded into other values.
+the code depends on: the model's structure, source and the plain values in its modules, configuration, dtypes, devices,
+attention; what the pass is; threads, processor and accelerator; versions. Weights are not among it, unless some were
+folded into other values.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from specdec.graphs.buffers import PassShape
 from specdec.graphs.constants import Weights, explain, recorder
+from specdec.graphs.state import code_of, foreign_hook, settings, sources
 
 Graph = Callable[[list[Tensor]], list[Tensor]]
 
@@ -47,29 +49,29 @@ def identity(model: Any, kinds: list[str] | None) -> str | None:
         kinds: kinds of attention in the order of the masks.
     """
     state = hashlib.blake2b(digest_size=16)
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()):
+    if foreign_hook(model) is not None or any("forward" in module.__dict__ for module in model.modules()):
         return None
     for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         state.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device} {value.stride()}\n".encode())
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     attention = model.config.get_text_config(decoder=True)._attn_implementation
-    parts = [repr(model), json.dumps(config, sort_keys=True, default=str), str(attention), str(kinds), *_code(model)]
-    for part in (*parts, *_machine(), *_ours()):
+    parts = [repr(model), json.dumps(config, sort_keys=True, default=str), str(attention), str(kinds), settings(model)]
+    for part in (*parts, *_code(model), *_machine(), *_ours()):
         state.update(part.encode())
         state.update(b"\0")
     return state.hexdigest()
 
 
 def _code(model: nn.Module) -> Iterator[str]:
-    """What every class among the modules computes: the bytes of its forward, and of the files they are in."""
-    kinds = {type(module).forward for module in model.modules()}
-    codes = {code for forward in kinds if (code := getattr(inspect.unwrap(forward), "__code__", None)) is not None}
-    for code in sorted(codes, key=lambda code: (code.co_filename, code.co_firstlineno)):
-        yield f"{code.co_name} {code.co_code.hex()} {code.co_names}"
-    for file in sorted({code.co_filename for code in codes}):
+    """What every class among the modules computes: the code of its forward, and the files they are in."""
+    kinds = {inspect.unwrap(type(module).forward) for module in model.modules()}
+    found = {forward: forward.__code__ for forward in kinds if hasattr(forward, "__code__")}
+    for forward in sorted(found, key=lambda forward: (found[forward].co_filename, found[forward].co_firstlineno)):
+        yield from code_of(forward)
+    for file in sorted({code.co_filename for code in found.values()}):
         if Path(file).is_file():
-            yield hashlib.blake2b(Path(file).read_bytes()).hexdigest()
+            yield from sources(Path(file))
 
 
 @cache
@@ -87,8 +89,7 @@ def _machine() -> tuple[str, ...]:
 @cache
 def _ours() -> tuple[str, ...]:
     core = Path(__file__).resolve().parent
-    files = [*sorted(core.glob("*.py")), core.parent / "routing.py"]
-    return tuple(hashlib.blake2b(file.read_bytes()).hexdigest() for file in files)
+    return (*sources(core), *sources(core.parent))  # routing, visibility, trees: what is traced in, and what calls it
 
 
 class Store:
@@ -108,7 +109,8 @@ class Store:
             return None
         route = shape.route
         what = (shape.batch, shape.nodes, route.lo, route.hi, sorted(route.skip_attention), sorted(route.skip_mlp))
-        parts = (self.known, *what, route.logits, shape.taps, shape.attention, torch.get_num_threads())
+        how = (shape.attention, shape.words, shape.cache, shape.autocast, torch.get_num_threads())
+        parts = (self.known, *what, route.logits, shape.taps, *how)
         return folder() / hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def load(self, shape: PassShape) -> Graph | None:

@@ -80,7 +80,7 @@ class PassModule(nn.Module):
         token_ids, positions, slots, extent, *rest = tensors
         span = extent.shape[0]
         count = 1 if self.kinds is None else len(self.kinds)
-        masks = rest[:count] if self.shape.attention else [mask[..., :span] for mask in rest[:count]]
+        masks = rest[:count] if self.shape.words else [mask[..., :span] for mask in rest[:count]]
         states = rest[count] if self.shape.enters else None
         slabs = rest[count + self.shape.enters :]
         half = len(slabs) // 2
