@@ -19,7 +19,7 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.seen = 0.0, list[int]()
-        self.device, self.vocab_size = torch.device("cpu"), 11
+        self.device, self.vocab_size, self.graphs = torch.device("cpu"), 11, None
         monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
 
     def run(self, context: Any, tree: TokenTree, taps: Any = ()) -> None:  # noqa: ARG002 - a target's signature
@@ -54,6 +54,14 @@ def test_a_measurement_that_somebody_waits_for(monkeypatch: pytest.MonkeyPatch) 
     device.seen.clear()
     pass_seconds(cast(Target, device), CONTEXT, sizes, 50, limit_s=1000.0)
     assert 3 * len(sizes) < len(device.seen) < 50 * len(sizes)
+
+
+def test_making_a_graph_is_no_part_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, sizes = Device(monkeypatch), [1, 8, 32]
+    device.graphs = cast(Any, "some")
+    found = pass_seconds(cast(Target, device), CONTEXT, sizes, 50, limit_s=1.0)
+    assert device.seen == [*sizes, *sizes[::-1]]
+    assert found == {size: Device.cost(size) for size in sizes}
 
 
 def test_curves() -> None:
