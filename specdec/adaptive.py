@@ -171,9 +171,10 @@ class Adaptive:
     def _forget(self) -> None:
         self._counts = AcceptanceCounts(self._depth, self._width, self._is_chain)
         self._lengths = DraftLengths(self._depth)
-        self._recent: deque[StepCost] = deque(maxlen=_REMEMBERED)
+        # By batch size, as passes are timed.
+        self._recent: dict[int, deque[StepCost]] = {}
+        self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
         self._steps = self.choices = 0
-        self._fitted: tuple[tuple[float, float, float], tuple[float, float]] = (0.0, 0.0, 0.0), (0.0, 0.0)
         self._take(self._initial)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -213,7 +214,8 @@ class Adaptive:
         self._steps += 1
         if self._fits_online(state):
             depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
-            self._recent.append(StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began))
+            cost = StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began)
+            self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
         if self._steps % self.settings.interval == 0:
             self._choose(state)
 
@@ -256,14 +258,16 @@ class Adaptive:
         return Profile(rates, self._lengths.offered(), self._lengths.widths())
 
     def _costs(self, state: DecodeState) -> Costs:
-        passes = self._passes[state.batch_size]
+        rows = state.batch_size
+        passes, recent = self._passes[rows], self._recent.get(rows)
         if not self._fits_online(state):
             assert self.file is not None
             return self.file.costs
         # A fit takes about as long as a choice, and costs change slower than texts.
-        if self._recent and (self._steps // self.settings.interval) % _FIT_EVERY == 1:
-            self._fitted = fit_costs(self._recent, passes)
-        draft, rest = self._fitted
+        due = rows not in self._fitted or (self._steps // self.settings.interval) % _FIT_EVERY == 1
+        if recent and due:
+            self._fitted[rows] = fit_costs(recent, passes)
+        draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
         return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
 
     def finish(self, state: DecodeState) -> None:
@@ -283,7 +287,10 @@ class Adaptive:
         saved: dict[str, Any] = {"drafter": self.drafter.state_dict()}
         if self._target is None:
             return saved if self._saved is None else dict(self._saved)
-        times = [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in self._recent]
+        times = {
+            rows: [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in costs]
+            for rows, costs in self._recent.items()
+        }
         saved["adaptive"] = {
             "paths": [list(path) for path in self._paths],
             "plain": self._plain,
@@ -291,7 +298,7 @@ class Adaptive:
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
-            "fitted": [*self._fitted[0], *self._fitted[1]],
+            "fitted": {rows: [*draft, *rest] for rows, (draft, rest) in self._fitted.items()},
             "passes": {rows: seconds.tolist() for rows, seconds in self._passes.items()},
         }
         return saved
@@ -318,8 +325,10 @@ class Adaptive:
         self._counts.load_state_dict(own["counts"])
         self._lengths.load_state_dict(own["lengths"])
         self._passes = {int(rows): np.array(seconds) for rows, seconds in own["passes"].items()}
-        self._recent.extend(StepCost(int(n), int(d), draft, whole) for n, d, draft, whole in own["times"])
-        draft_s, node_s, level_s, *rest = own["fitted"]
-        self._fitted = (draft_s, node_s, level_s), (rest[0], rest[1])
+        for rows, times in own["times"].items():
+            costs = (StepCost(int(n), int(d), draft, whole) for n, d, draft, whole in times)
+            self._recent[int(rows)] = deque(costs, maxlen=_REMEMBERED)
+        for rows, (draft_s, node_s, level_s, rest_s, more_s) in own["fitted"].items():
+            self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]

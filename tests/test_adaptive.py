@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -244,6 +245,36 @@ def test_costs_are_measured_once_per_batch_size(monkeypatch: pytest.MonkeyPatch)
         generate(model, built, prompts(batch))
     assert asked == [([1, 4, 8, 16, 24, 32, 40], 1), ([1, 4, 8, 16, 24, 32, 40], 3)]
     assert built.needs.max_nodes == 40
+
+
+def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class Slower(Toy):
+        def propose(self, state: DecodeState) -> TokenTree:
+            clock[0] += 1e-4 * state.batch_size**2
+            return super().propose(state)
+
+    monkeypatch.setattr(adaptive, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: dict.fromkeys(sizes, 0.01))
+    target: Any = type("Bare", (), {"graphs": None, "model": None})()
+    built, again = (Adaptive(Slower(), Adaptation(interval=3, max_nodes=8)) for _ in range(2))
+    for each in (built, again):
+        assert each.fit(target) is None
+    for step in range(30):
+        rows = (1, 4)[step % 2]
+        state: Any = SimpleNamespace(batch_size=rows, root=torch.zeros(rows, dtype=torch.int64), context="some")
+        built.start(state, cast(Prefill, None))
+        tree = built.propose(state)
+        clock[0] += 0.01
+        offered = tree.candidates_by_depth().tolist() * rows
+        walk = Verification([[0, 1]] * rows, [[0, 0]] * rows, [False] * rows, [False] * rows, torch.zeros(0), offered)
+        built.update(state, tree, walk)
+    saved = built.state_dict()
+    fitted = saved["adaptive"]["fitted"]
+    assert {rows: sum(draft[:3]) for rows, draft in fitted.items()} == pytest.approx({1: 1e-4, 4: 16e-4})
+    again.load_state_dict(saved)
+    assert again.state_dict() == saved
 
 
 def test_bad_settings_and_drafters(tmp_path: Path) -> None:
