@@ -24,11 +24,13 @@ class Template:
         topology: ``parents [1, N]`` in breadth-first order.
         ranks: rank of every node among its siblings, root 0; int64 ``[N]``.
         levels: for each depth 1..D, its nodes' parents, counted within the level above, and their ranks.
+        width: largest number of children of a node that the template asks for.
     """
 
     topology: Topology
     ranks: Tensor
     levels: tuple[tuple[Tensor, Tensor], ...]
+    width: int
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> Template:
@@ -58,12 +60,13 @@ class Template:
             (above[start:stop] - before, ranks[start:stop])
             for before, start, stop in zip(starts, starts[1:], starts[2:], strict=False)
         )
-        return cls(Topology(above[None], depths[-1]), ranks, levels)
+        width = 1 + max((path[-1] for path in ordered), default=0)
+        return cls(Topology(above[None], depths[-1]), ranks, levels, width)
 
     def to(self, device: torch.device) -> Template:
         """The same template with its tensors on ``device``."""
         levels = tuple((parents.to(device), ranks.to(device)) for parents, ranks in self.levels)
-        return Template(self.topology.to(device), self.ranks.to(device), levels)
+        return Template(self.topology.to(device), self.ranks.to(device), levels, self.width)
 
     @property
     def num_nodes(self) -> int:
@@ -77,11 +80,6 @@ class Template:
         for parent, rank in list(zip(self.topology.host_parents[0], self.ranks.tolist(), strict=True))[1:]:
             paths.append((*paths[parent], rank))
         return paths[1:]
-
-    @property
-    def width(self) -> int:
-        """Largest number of children of a node that the template asks for."""
-        return int(self.ranks.max()) + 1
 
 
 @lru_cache(maxsize=256)
