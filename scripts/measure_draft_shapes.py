@@ -29,16 +29,30 @@ from specdec.metrics import SpeculationStats
 NEW_TOKENS = 96
 BATCH = 10
 # (Chains or width, levels): as many node slots as their product.
-SIZES = [(2, 3), (3, 2), (3, 4), (4, 3), (6, 2), (6, 4)]
+SIZES = [(3, 2), (6, 2), (2, 3), (4, 3)]
 
 
 def methods(width: int, depth: int) -> dict[str, dict[str, Any]]:
     """Name -> options of the drafter, for the shapes of ``width * depth`` node slots in ``depth`` levels."""
     return {
         f"i.i.d., {width} chains": {"shape": "chains", "width": width, "depth": depth},
-        f"RSD-C, {width} then 1": {"shape": "rsd_c", "branching": [width, *[1] * (depth - 1)]},
+        **{
+            f"RSD-C, {'-'.join(map(str, branching))}": {"shape": "rsd_c", "branching": branching}
+            for branching in branchings(width * depth, depth)
+        },
         f"RSD-S, width {width}": {"shape": "rsd_s", "width": width, "depth": depth},
     }
+
+
+def branchings(slots: int, levels: int, widest: int | None = None) -> list[list[int]]:
+    """Every branching vector, not rising from level to level, whose tree has exactly so many nodes below the root."""
+    if levels == 0:
+        return [[]] if slots == 0 else []
+    found = []
+    for count in range(1, min(slots, widest or slots) + 1):
+        if slots % count == 0:  # every child carries the same subtree
+            found += [[count, *rest] for rest in branchings(slots // count - 1, levels - 1, count)]
+    return found
 
 
 console = Console()
