@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from specdec.interfaces import DecodeState, Needs, Prefill, Tap, Verification
 from specdec.target import Target
+from specdec.templates import chain_length, chain_paths
 from specdec.tree import TokenTree
 
 
@@ -60,6 +62,41 @@ def device_of(target: Target, tap: Tap) -> torch.device:
     with target.router.taps((tap,)) as recorded:
         target.model(input_ids=ids, use_cache=False)
     return recorded[tap][0].device
+
+
+class ChainDrafter(BaseDrafter):
+    """A drafter whose drafts are chains, and whose length may be exchanged between steps (``Shaped``).
+
+    Attributes:
+        num_draft_tokens: of the longest chain.
+    """
+
+    num_draft_tokens: int
+
+    @property
+    def most_nodes(self) -> int:
+        """N of the largest tree, root included."""
+        return 1 + self.num_draft_tokens
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The longest chain; none where the drafter is set up for something else."""
+        return chain_paths(self.num_draft_tokens) if self.widest else []
+
+    @property
+    def widest(self) -> int:
+        """A chain."""
+        return 1
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        self.num_draft_tokens = chain_length(paths, self.name)
+        self.needs = replace(self.needs, max_nodes=self.most_nodes)
 
 
 def warn_untrained(name: str, made: str, target: Target, way_out: str) -> None:

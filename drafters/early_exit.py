@@ -15,19 +15,15 @@ mass. The prompt is read once, by the ordinary prefill, whose K/V serve both par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from drafters.base import BaseDrafter
+from drafters.base import ChainDrafter
 from drafters.self_drafting import comb_tree, draft_chain, verify_from, why_not_split
 from specdec.interfaces import DecodeState, Needs
 from specdec.routing import Route
 from specdec.target import Target
-from specdec.templates import chain_length, chain_paths
 from specdec.tree import TokenTree, root_only
 
 
-class EarlyExit(BaseDrafter):
+class EarlyExit(ChainDrafter):
     """Draft with the first layers of the target.
 
     Args:
@@ -52,7 +48,7 @@ class EarlyExit(BaseDrafter):
             )
         self.exit_layer, self.num_draft_tokens = exit_layer, num_draft_tokens
         self.confidence, self.width = confidence, width
-        self.needs = Needs(max_nodes=1 + num_draft_tokens * width)
+        self.needs = Needs(max_nodes=self.most_nodes)
         self._target: Target | None = None
         self._layer = 0
 
@@ -69,24 +65,9 @@ class EarlyExit(BaseDrafter):
         return why_not_split(target, self._layer)
 
     @property
-    def tree_paths(self) -> list[tuple[int, ...]]:
-        """The longest chain (``Shaped``)."""
-        return chain_paths(self.num_draft_tokens)
-
-    @property
-    def widest(self) -> int:
-        """A chain. What ``width`` hangs beside it follows."""
-        return 1
-
-    @property
-    def deepest(self) -> int | None:
-        """No limit."""
-        return None
-
-    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
-        """Draft chains of another length from the next step on."""
-        self.num_draft_tokens = chain_length(paths, self.name)
-        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens * self.width)
+    def most_nodes(self) -> int:
+        """With what ``width`` hangs beside the chain."""
+        return 1 + self.num_draft_tokens * self.width
 
     def propose(self, state: DecodeState) -> TokenTree:
         """Draft, then complete the lower layers of the nodes that the draft has not run."""

@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from drafters.base import BaseDrafter, device_of, warn_untrained
+from drafters.base import ChainDrafter, device_of, warn_untrained
 from drafters.causal_layer import GrowingRows, prompt_states
 from drafters.kangaroo_adapter import Adapter, AdapterLesson, fresh_adapter, load_adapter, save_adapter
 from drafters.kangaroo_tree import ExpandedTree
@@ -39,7 +38,6 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.routing import Route
 from specdec.target import Target
-from specdec.templates import chain_length, chain_paths
 from specdec.transfer import upload
 from specdec.tree import TokenTree, root_only
 
@@ -50,7 +48,7 @@ WAY_OUT = "give path=FOLDER_OR_HUB_ID of a trained one (specdec train makes them
 _EXIT_LAYER = 2
 
 
-class Kangaroo(BaseDrafter):
+class Kangaroo(ChainDrafter):
     """Draft with the first layers of the target and an adapter.
 
     Args:
@@ -104,7 +102,7 @@ class Kangaroo(BaseDrafter):
         self.path, self.exit_layer, self.seed = path, exit_layer, seed
         self.num_draft_tokens, self.confidence = num_draft_tokens, confidence
         self.tree = ExpandedTree(num_draft_tokens, width, num_nodes) if shape == "top_k" else None
-        self.needs = Needs(max_nodes=1 + num_draft_tokens if self.tree is None else self.tree.max_nodes)
+        self.needs = Needs(max_nodes=self.most_nodes if self.tree is None else self.tree.max_nodes)
         self.adapter: Adapter | None = None
         self.ignored: list[str] = []
         self.loaded_from: str | None = None  # None = the adapter is new
@@ -143,26 +141,15 @@ class Kangaroo(BaseDrafter):
         return None
 
     @property
-    def tree_paths(self) -> list[tuple[int, ...]]:
-        """The longest chain (``Shaped``)."""
-        return chain_paths(self.num_draft_tokens) if self.tree is None else []
-
-    @property
     def widest(self) -> int:
         """A chain; the shape ``top_k`` grows trees of its own, which nobody exchanges."""
         return 1 if self.tree is None else 0
-
-    @property
-    def deepest(self) -> int | None:
-        """No limit."""
-        return None
 
     def reshape(self, paths: Sequence[Sequence[int]]) -> None:
         """Draft chains of another length from the next step on."""
         if self.tree is not None:
             raise ValueError("kangaroo with shape=top_k grows a tree of its own at every step; expected shape=chain")
-        self.num_draft_tokens = chain_length(paths, self.name)
-        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens)
+        super().reshape(paths)
 
     def _say(self, target: Target, trained: int | None, layer: int) -> None:
         """Warn of what was decided for the user: a random adapter, or an exit layer that nobody named."""

@@ -6,20 +6,16 @@ proposes what followed it as a chain. The original and transformers' version tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from drafters.base import BaseDrafter
+from drafters.base import ChainDrafter
 from specdec.interfaces import DecodeState, Needs
-from specdec.templates import chain_length, chain_paths
 from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, chain, root_only
 
 
-class PromptLookup(BaseDrafter):
+class PromptLookup(ChainDrafter):
     """Draft by copying from the text so far.
 
     Args:
@@ -40,27 +36,7 @@ class PromptLookup(BaseDrafter):
                 f"{min_ngram=}, {max_ngram=}"
             )
         self.num_draft_tokens, self.max_ngram, self.min_ngram = num_draft_tokens, max_ngram, min_ngram
-        self.needs = Needs(max_nodes=num_draft_tokens + 1)
-
-    @property
-    def tree_paths(self) -> list[tuple[int, ...]]:
-        """The longest chain (``Shaped``)."""
-        return chain_paths(self.num_draft_tokens)
-
-    @property
-    def widest(self) -> int:
-        """A chain."""
-        return 1
-
-    @property
-    def deepest(self) -> int | None:
-        """No limit."""
-        return None
-
-    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
-        """Draft chains of another length from the next step on."""
-        self.num_draft_tokens = chain_length(paths, self.name)
-        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens)
+        self.needs = Needs(max_nodes=self.most_nodes)
 
     def propose(self, state: DecodeState) -> TokenTree:
         """A chain per row, as long as the longest match among the rows allows."""

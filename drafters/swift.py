@@ -13,17 +13,15 @@ sampling, since the draft is a point mass; the search is off where the request i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from drafters.base import BaseDrafter
+from drafters.base import ChainDrafter
 from drafters.self_drafting import Draft, comb_tree, draft_chain
 from drafters.skip_search import SkipSearch, SkipSet, load_skip_set, matchness, unified, uniform
 from specdec.interfaces import DecodeState, Needs, Prefill
 from specdec.target import Target
-from specdec.templates import chain_length, chain_paths
 from specdec.tree import TokenTree, root_only
 
 # Nodes of a step by the draft's confidence in its first choice: (above, nodes).
@@ -32,7 +30,7 @@ _SAMPLED_WIDTHS = ((0.95, 1), (0.8, 3), (0.5, 5))
 _UNSURE_WIDTH = 10
 
 
-class Swift(BaseDrafter):
+class Swift(ChainDrafter):
     """Draft with the target's own layers, some of their parts left out.
 
     Args:
@@ -72,7 +70,7 @@ class Swift(BaseDrafter):
         self.num_draft_tokens, self.confidence, self.max_width = num_draft_tokens, confidence, max_width
         self.search = (SkipSearch() if search else None) if isinstance(search, bool) else search
         self.min_new_tokens, self.search_interval = min_new_tokens, search_interval
-        self.needs = Needs(max_nodes=1 + num_draft_tokens * min(max_width, _UNSURE_WIDTH))
+        self.needs = Needs(max_nodes=self.most_nodes)
         self._target: Target | None = None
         self._saved: dict[str, Any] | None = None
         self._skip = SkipSet(frozenset(), frozenset())
@@ -107,24 +105,9 @@ class Swift(BaseDrafter):
         return None
 
     @property
-    def tree_paths(self) -> list[tuple[int, ...]]:
-        """The longest chain (``Shaped``)."""
-        return chain_paths(self.num_draft_tokens)
-
-    @property
-    def widest(self) -> int:
-        """A chain. What the confidence hangs beside it follows."""
-        return 1
-
-    @property
-    def deepest(self) -> int | None:
-        """No limit."""
-        return None
-
-    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
-        """Draft chains of another length from the next step on."""
-        self.num_draft_tokens = chain_length(paths, self.name)
-        self.needs = replace(self.needs, max_nodes=1 + self.num_draft_tokens * min(self.max_width, _UNSURE_WIDTH))
+    def most_nodes(self) -> int:
+        """With what the confidence hangs beside the chain."""
+        return 1 + self.num_draft_tokens * min(self.max_width, _UNSURE_WIDTH)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:  # noqa: ARG002 - the protocol's signature
         """Decide whether to search in this request."""
