@@ -83,6 +83,10 @@ MISTAKES = {
     "option": (["sections=[step]", "+step.wide=1"], "step takes no wide; it takes: nodes, context"),
     "drafter": (["sections=[memory]", "small.memory.drafters=[nope]"], "unknown drafter 'nope'; known: aggressive"),
     "questions": (["sections=[end_to_end]", "data=heldout"], "data=heldout needs data.gsm8k=..."),
+    "one file": (
+        ["sections=[end_to_end]", "small.end_to_end.drafters=[{name:none,label:'a b'},{name:none,label:a_b}]"],
+        "alike in file names",
+    ),
     "twice": (
         ["sections=[end_to_end]", "small.end_to_end.drafters=[prompt_lookup,prompt_lookup]"],
         "two methods are called 'prompt_lookup'",

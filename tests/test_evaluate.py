@@ -242,6 +242,7 @@ MISTAKES = {
     "no assistant": (["baseline=assistant"], "assistant=FOLDER_OR_HUB_ID"),
     "unknown drafter": (["drafters=[nope]"], "unknown drafter 'nope'"),
     "twice": (["drafters=[prompt_lookup,prompt_lookup]"], "give one of them a label"),
+    "one file": (["drafters=[{name:prompt_lookup,label:'a b'},{name:prompt_lookup,label:a_b}]"], "alike in file names"),
     "odd drafter": (["drafters=[{label:x}]"], "expected drafters to be names"),
     "odd state": (["states=[hot]"], "expected states to be a list of warm and cold, each once"),
     "temperature": (["temperature=[0,-1]"], "temperature >= 0"),

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from specdec.build import choices, load
 from specdec.commands._session import Session
 from specdec.evaluation.methods import Batch, Method, Speculating, Transformers
-from specdec.evaluation.records import COLD, WARM
+from specdec.evaluation.records import COLD, WARM, file_part
 from specdec.evaluation.runner import Setting
 from specdec.generation import restore, speculation_of
 
@@ -122,9 +122,9 @@ class Contenders:
         for name, config, tree in self._wanted(choice):
             if isinstance(config, Mapping) and config.get("_target_") == load("drafter", "none")["_target_"]:
                 continue  # the plain loop is measured anyway
-            if name in seen:
-                raise ValueError(f"two methods are called {name!r}; give one of them a label")
-            seen.add(name)
+            if file_part(name) in seen:
+                raise ValueError(f"two methods are called {name!r}, or alike in file names; give one of them a label")
+            seen.add(file_part(name))
             try:
                 yield from self._states(name, config, tree)
             except _REFUSALS as error:

@@ -20,7 +20,7 @@ from specdec.commands._session import Session
 from specdec.evaluation.data import Question, Selection, fingerprint
 from specdec.evaluation.methods import Batch, Method, Speculating
 from specdec.evaluation.progress import Progress
-from specdec.evaluation.records import WARM
+from specdec.evaluation.records import WARM, file_part
 from specdec.evaluation.runner import Plan, Runner, Setting
 from specdec.evaluation.store import RunFolder
 from specdec.evaluation.summary import summarise
@@ -125,9 +125,10 @@ class _Methods:
         entries = [self._entry(entry) for entry in [*options.drafters, *options.more]]
         self._drafters = [method for method in entries if method.name not in self.left_out]
         names = [method.name for method in (self._plain, *entries)]
-        twice = [name for name in names if names.count(name) > 1]
+        parts = [file_part(name) for name in names]
+        twice = [name for name, part in zip(names, parts, strict=True) if parts.count(part) > 1]
         if twice:
-            raise ValueError(f"two methods are called {twice[0]!r}; give one of them a label")
+            raise ValueError(f"two methods are called {twice[-1]!r}, or alike in file names; give one of them a label")
 
     def __call__(self, setting: Setting) -> list[Method]:
         """The plain loop first, since its answers are what others are compared with."""

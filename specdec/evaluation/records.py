@@ -39,6 +39,11 @@ KINDS = ("drafter", "plain", "transformers", "transformers_prompt_lookup", "tran
 Record = TypeVar("Record")
 
 
+def file_part(method: str) -> str:
+    """How a method is called in the names of its files; two methods whose parts are the same would share them."""
+    return re.sub(r"[^\w.+-]+", "_", method)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One method under one setting: what one answers file holds.
@@ -62,7 +67,7 @@ class Variant:
     @property
     def stem(self) -> str:
         """Name of its files; what is left out is greedy, batch 1 and warm (or nothing to keep)."""
-        parts = [re.sub(r"[^\w.+-]+", "_", self.method)]
+        parts = [file_part(self.method)]
         parts += ["cold"] if self.state == COLD else []
         parts += [f"t{self.temperature:g}"] if self.temperature else []
         parts += [f"b{self.batch_size}"] if self.batch_size != 1 else []
