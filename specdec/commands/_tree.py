@@ -16,7 +16,7 @@ from specdec.decoding import Step
 from specdec.generation import Speculation, speculation_of, using
 from specdec.interfaces import DecodeState, Shaped
 from specdec.templates import chain_paths, ranked_paths
-from specdec.tuning.calibration import Watch, calibrate, fit_costs, plain_seconds, wide_tree
+from specdec.tuning.calibration import StepCost, Watch, calibrate, fit_costs, plain_seconds, wide_tree
 from specdec.tuning.choice import Choice, Costs, Paths, Profile, choose, expect
 from specdec.tuning.counts import AcceptanceCounts
 from specdec.tuning.files import TreeFile, described
@@ -69,10 +69,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Look:
-    """A tree with the tokens per step seen with it and the seconds reckoned, and what else was seen."""
+    """A tree with the tokens and seconds per step seen with it, and what else was seen."""
 
     choice: Choice
     profile: Profile
+    steps: Sequence[StepCost]
 
 
 class TreeTuner:
@@ -131,7 +132,7 @@ class TreeTuner:
             rates, more = self._acceptance()
             first: Profile = more.pop("profile")
             costs = self._costs(passes, first)
-            looks = self._looks(first, rates, costs)
+            looks, costs = self._looks(first, rates, costs)
         finally:
             self.drafter.reshape(self.published)
         best = max(looks, key=lambda look: look.choice.rate)
@@ -216,20 +217,32 @@ class TreeTuner:
             plain = plain_seconds(self.plain, self.ids[: max(len(self.ids) // 4, 1)], self.session.generate)
         return Costs(passes, plain, draft, rest)
 
-    def _looks(self, profile: Profile, rates: np.ndarray, costs: Costs) -> list[_Look]:
+    def _looks(self, profile: Profile, rates: np.ndarray, costs: Costs) -> tuple[list[_Look], Costs]:
         """What is seen with the published tree, then with the best one by the wide tree's rates, and so on.
 
         A drafter that learns from the nodes of its trees learns more from larger ones, so rates hold for trees of about
         the size that they were counted with. Each look gives rates of its own and the tree that they recommend; of all
-        trees looked at the one with the most tokens seen per second counts.
+        trees looked at the one with the most tokens seen per second counts. The steps seen also correct the costs: they
+        are those of decoding with one tree, and of the very sizes that matter.
         """
         looks = [self._look(self.published, profile, rates, costs)]
         for seen in (profile, *(None,) * _LOOKS):
+            costs = self._corrected(costs, looks)
             paths = self._choose(seen or looks[-1].profile, costs).paths
             if any(set(paths) == set(look.choice.paths) for look in looks):
                 break
             looks.append(self._look(paths, profile, rates, costs))
-        return looks
+        return looks, self._corrected(costs, looks)
+
+    def _corrected(self, costs: Costs, looks: Sequence[_Look]) -> Costs:
+        """Costs whose fixed share is what was seen on average over the looks."""
+        beyond = [
+            look.choice.seconds - float(costs.seconds(*np.mean([(s.nodes, s.depth) for s in look.steps], 0)))
+            for look in looks
+            if look.steps
+        ]
+        fixed, node = costs.rest
+        return replace(costs, rest=(fixed + float(np.mean(beyond or [0.0])), node))
 
     def _look(self, paths: Paths, profile: Profile, rates: np.ndarray, costs: Costs) -> _Look:
         counts = self._new_counts()
@@ -237,7 +250,10 @@ class TreeTuner:
         watch = self._watch(counts, cold=self.plan.state == "cold")
         if not self.is_chain:
             profile = Profile(counts.rates(rates, _AGAIN).tolist())
-        return _Look(replace(expect(paths, profile, costs), tokens=watch.tokens_per_step), profile)
+        choice = replace(expect(paths, profile, costs), tokens=watch.tokens_per_step)
+        if watch.costs:
+            choice = replace(choice, seconds=watch.seconds_per_step)
+        return _Look(choice, profile, watch.costs)
 
     def _watch(self, counts: AcceptanceCounts, cold: bool = False, shapes: Sequence[Paths] | None = None) -> Watch:
         return calibrate(self.handle, self.ids, self.session.generate, counts, cold, shapes, self.progress)

@@ -1,8 +1,8 @@
 """What a drafter gets right on calibration prompts, and what a step with it costs, seen from within real requests.
 
 A run with a wide tree says how often each rank at each depth is the accepted one. A second run goes through trees of
-several sizes, another one at every step, and says what drafting, and all that is neither drafting nor the target's
-pass, costs by nodes and levels.
+several sizes, each for some steps, and says what drafting, and all that is neither drafting nor the target's pass,
+costs by nodes and levels.
 
 Shapes: M sizes, D depth, R ranks.
 """
@@ -27,6 +27,8 @@ from specdec.templates import best_first, chain_paths
 from specdec.tuning.choice import Paths, Profile
 from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
 
+_HOLD = 6  # steps with a tree before the next one: the first over another size is slower than those that follow
+
 Generate = Callable[[Tensor], Any]
 Progress = Callable[[int, int, str], None]
 
@@ -42,12 +44,12 @@ class StepCost:
 
 
 class Watch:
-    """An observer that counts walks and times steps, and may exchange the tree after each of them.
+    """An observer that counts walks and times steps, and may exchange the tree every few of them.
 
     Args:
         handle: the speculation that it watches; its drafter is ``Shaped``.
         counts: where walks are counted.
-        shapes: trees to take in turn; None = leave the tree alone.
+        shapes: trees to take in turn, each for some steps; None = leave the tree alone.
     """
 
     def __init__(self, handle: Speculation, counts: AcceptanceCounts, shapes: Iterable[Paths] | None = None) -> None:
@@ -59,6 +61,7 @@ class Watch:
         self.lengths = DraftLengths(counts.depth)
         self._emitted = self._walks = 0
         self._shapes = None if shapes is None else itertools.cycle(list(shapes))
+        self._held = 0
         self._layout = Layout.of(drafter.tree_paths, drafter.widest == 1)
         self._clock = self._drafted = 0.0
 
@@ -68,18 +71,25 @@ class Watch:
         if step.tree is not None:
             # Levels that hold a candidate: what a drafter leaves empty it has not drafted.
             depth = max((sum(map(bool, offered)) for offered in step.verification.offered), default=0)
-            self.costs.append(StepCost(step.tree.num_nodes, depth, drafted - self._drafted, now - self._clock))
+            if self._shapes is None or self._held > 1:
+                self.costs.append(StepCost(step.tree.num_nodes, depth, drafted - self._drafted, now - self._clock))
             self._layout.count(step.verification, self.counts)
             for tokens, done in zip(step.verification.tokens, step.verification.was_finished, strict=True):
                 self._walks += not done
                 self._emitted += 0 if done else len(tokens)
             if self._layout.length:
                 self.lengths.add(step.verification, self._layout.length)
-        if self._shapes is not None:
-            shape = next(self._shapes)
+        if self._shapes is not None and self._held % _HOLD == 0:
+            shape, self._held = next(self._shapes), 0
             self.drafter.reshape(shape)
             self._layout = Layout.of(shape, self.drafter.widest == 1)
+        self._held += 1
         self._clock, self._drafted = time.perf_counter(), drafted
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Seen, the median."""
+        return statistics.median(cost.whole_s for cost in self.costs)
 
     @property
     def tokens_per_step(self) -> float:
@@ -122,7 +132,7 @@ def calibrate(
         generate: decodes a prompt with this drafter.
         counts: where walks are counted.
         cold: forget before every prompt.
-        shapes: trees to take in turn, another one after every step.
+        shapes: trees to take in turn, each for some steps.
         progress: told (done, of, what).
     """
     watch = Watch(handle, counts, shapes)

@@ -21,6 +21,7 @@ import numpy as np
 from specdec.templates import chain_paths, ranked_paths
 
 Paths = list[tuple[int, ...]]
+_LEVELS_MATTER = 0.005  # share of a step that all levels together must cost
 SECONDS_AT_LEAST = 1e-9  # of a step; a fit of noisy times may say less
 
 
@@ -120,9 +121,10 @@ def choose(
         lengths = range(1, min(below, len(profile.rates), max_depth or below) + 1)
         found = [expect(chain_paths(length), profile, costs) for length in lengths]
     else:
-        # Levels cost something of their own only where the drafter works level by level.
+        # An expansion for every depth is worth its time only where a drafter works level by level.
         deepest = min(max_depth or below, below)
-        caps = range(1, deepest + 1) if costs.draft[2] > 0 else [deepest]
+        by_level = costs.draft[2] * deepest > _LEVELS_MATTER * costs.seconds(np.ones(1), np.zeros(1))[0]
+        caps = range(1, deepest + 1) if by_level else [deepest]
         found = [best for cap in caps if (best := _best_of_depth(profile, costs, below, cap, sizes)) is not None]
         if not found and sizes is not None:
             return choose(profile, costs, max_nodes, max_depth)
