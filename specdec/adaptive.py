@@ -36,6 +36,7 @@ from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
 
 _LOG = logging.getLogger("specdec")
 _SIZES = frozenset((*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8)))
+_GRAPHS = (8, 16, 32)  # sizes beside the first tree's and the largest one's, where passes are graphs
 _GUESS, _FALL = 0.45, 1.4  # rates of a drafter that nobody has measured: the best child's, and the power of the rank
 _CHAIN_GUESS = (0.6, 0.05)
 _SCALES = (0.2, 4.0)  # by which what is seen may move what is not
@@ -141,7 +142,8 @@ class Adaptive:
         widest = 2 if self._is_chain else max(settings.max_width, 1 + max(path[-1] for path in first))
         self._width = widest if self._is_chain else min(widest, shaped.widest)
         self._limit = max(settings.max_nodes, len(first) + 1)
-        self.needs = replace(self.drafter.needs, max_nodes=max(self._limit, self.drafter.needs.max_nodes))
+        most = max(self._limit, self.drafter.needs.max_nodes)
+        self.needs = replace(self.drafter.needs, max_nodes=most, sizes=(*_GRAPHS, len(first) + 1))
         if known:
             return None
         self._prior = self._prior_rates()

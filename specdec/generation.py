@@ -148,7 +148,7 @@ def attach(
     if reason is not None:
         raise ValueError(f"drafter {drafter.name!r} does not fit {target.name}: it needs {reason}")
     if compiling is not None or cuda_graphs:
-        target.use_graphs(drafter.needs.max_nodes, compiling, cuda_graphs)
+        target.use_graphs(drafter.needs.max_nodes, compiling, cuda_graphs, drafter.needs.sizes or None)
     _MODEL_OF[drafter] = weakref.ref(inner)
     inner.__dict__[_KEY] = Speculation(target, drafter, verifier)
     inner.__class__ = _speculating(type(inner))

@@ -38,12 +38,14 @@ class Needs:
         prompt_states: record the taps over the prompt too (``Prefill.states``).
         prompt_top_k: ids of the k most likely successors at every prompt position (``Prefill.top_k``).
         max_nodes: N of the largest tree it will propose, whatever it is reshaped to in a request, root included.
+        sizes: N of others that it will propose for long.
     """
 
     taps: tuple[Tap, ...] = ()
     prompt_states: bool = False
     prompt_top_k: int = 0
     max_nodes: int = 1
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -145,8 +147,7 @@ class Verification:
     """The outcome of one target pass over a tree.
 
     Attributes:
-        path: accepted nodes of each row in order, root first, cut where a stop rule cut; on the host. Row b commits
-            these nodes, and has emitted as many tokens.
+        path: nodes that each row commits, in order, the root first, cut by stop rules; it emitted as many. On the host.
         tokens: the tokens each row emitted: those of ``path[b][1:]``, then one more, the target's own.
         finished: whether each row has stopped, after this step.
         was_finished: whether each row had stopped before this step (it emitted nothing).
@@ -181,8 +182,7 @@ class Verification:
 class Walk:
     """What an acceptance rule decided: ``path [B, D+1]`` padded with -1, and the token emitted after each node.
 
-    ``tokens [B, D+1]``: entry i is emitted after node ``path[:, i]``; it is the token of ``path[:, i+1]`` where that
-    exists.
+    ``tokens [B, D+1]``: entry i is emitted after node ``path[:, i]``, the token of ``path[:, i+1]`` where that exists.
     """
 
     path: Tensor
