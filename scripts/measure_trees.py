@@ -94,10 +94,11 @@ def _attached(model: Any, drafter: str, compiled: bool, **options: Any) -> Specu
 def _time_choices(method: Method, drafter: Adaptive) -> None:
     choose = drafter._choose
 
-    def timed(*arguments: Any) -> None:
+    def timed(*arguments: Any) -> bool:
         start = time.perf_counter()
-        choose(*arguments)
+        changed = choose(*arguments)
         method.choosing_s += time.perf_counter() - start
+        return changed
 
     drafter._choose = timed  # type: ignore[method-assign,assignment]
 

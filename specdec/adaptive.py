@@ -42,7 +42,8 @@ _CHAIN_GUESS = (0.6, 0.05)
 _SCALES = (0.2, 4.0)  # by which what is seen may move what is not
 _REMEMBERED = 96  # steps whose times are kept
 _MEASURING_S = 0.2
-_FIT_EVERY = 4  # choices
+_FIT_EVERY = 4  # intervals
+_PATIENCE = 4  # intervals between two choices, at most
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Adaptation:
     Attributes:
         path: a tree file of ``specdec tune`` to start from, with its rates and costs; None = the drafter's own tree,
             and costs that are measured.
-        interval: steps between two choices.
+        interval: steps between two choices at first; up to four times as many while the tree stays, until a request
+            begins.
         half_life: steps after which what was seen weighs half.
         strength: steps that the prior is worth.
         gain: share by which a tree must promise more than the present one to take its place.
@@ -176,12 +178,14 @@ class Adaptive:
         # By batch size, as passes are timed.
         self._recent: dict[int, deque[StepCost]] = {}
         self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
-        self._steps = self.choices = 0
+        self._steps = self._since = self._fit_at = self.choices = 0
+        self._wait = self.settings.interval
         self._take(self._initial)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """The drafter begins; where no file says what a pass costs, passes over such a batch are timed once."""
         self.drafter.start(state, prefill)
+        self._wait = self.settings.interval
         rows = state.batch_size
         if rows in self._passes:
             return
@@ -206,7 +210,7 @@ class Adaptive:
 
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
         """The drafter learns; walks and times are counted; every so many steps the tree is chosen anew."""
-        begun = perf_counter()
+        begun, settings = perf_counter(), self.settings
         self.drafter.update(state, tree, verification)
         now = perf_counter()
         if not self._plain and tree is self._proposed:  # within another drafter it may be shown other trees
@@ -214,21 +218,25 @@ class Adaptive:
             if self._is_chain:
                 self._lengths.add(verification, self._layout.length)
         self._steps += 1
+        self._since += 1
         if self._fits_online(state):
             depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
             cost = StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began)
             self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
-        if self._steps % self.settings.interval == 0:
-            self._choose(state)
+        if self._since >= self._wait:
+            changed = self._choose(state)
+            # A choice costs as much as a tenth of a quick step.
+            self._wait = settings.interval if changed else min(2 * self._wait, _PATIENCE * settings.interval)
+            self._since = 0
 
     def _fits_online(self, state: DecodeState) -> bool:
         return self.file is None or state.batch_size != 1
 
-    def _choose(self, state: DecodeState) -> None:
-        """Change the tree where another one promises more."""
+    def _choose(self, state: DecodeState) -> bool:
+        """Change the tree where another one promises more; whether it did."""
         settings = self.settings
         profile, costs = self._profile(), self._costs(state)
-        fade = 0.5 ** (settings.interval / settings.half_life)
+        fade = 0.5 ** (self._since / settings.half_life)
         self._counts.decay(fade)
         self._lengths.decay(fade)
         assert self._target is not None
@@ -237,12 +245,13 @@ class Adaptive:
         best = choose(profile, costs, self._limit, self._depth, sizes)
         now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
         if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):
-            return
+            return False
         self.choices += 1
         if best.rate * (1 + settings.gain) < 1 / costs.plain:
             self._plain = True
         else:
             self._take(tuple(best.paths))
+        return True
 
     def _take(self, paths: Sequence[tuple[int, ...]]) -> None:
         self._plain, self._paths = False, list(paths)
@@ -266,9 +275,9 @@ class Adaptive:
             assert self.file is not None
             return self.file.costs
         # A fit takes about as long as a choice, and costs change slower than texts.
-        due = rows not in self._fitted or (self._steps // self.settings.interval) % _FIT_EVERY == 1
+        due = rows not in self._fitted or self._steps - self._fit_at >= _FIT_EVERY * self.settings.interval
         if recent and due:
-            self._fitted[rows] = fit_costs(recent, passes)
+            self._fitted[rows], self._fit_at = fit_costs(recent, passes), self._steps
         draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
         return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
 
@@ -297,6 +306,8 @@ class Adaptive:
             "paths": [list(path) for path in self._paths],
             "plain": self._plain,
             "steps": self._steps,
+            "since": self._since,
+            "wait": self._wait,
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
@@ -334,3 +345,4 @@ class Adaptive:
             self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
+        self._since, self._wait, self._fit_at = own["since"], own["wait"], own["steps"]

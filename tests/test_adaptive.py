@@ -226,7 +226,7 @@ def test_walks_through_trees_of_others_do_not_count() -> None:
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 12, 32])
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
-    sizes = {*bench.text([0.7, 0.2], 150), *bench.text([0.3, 0.1], 150)}
+    sizes = {*bench.text([0.7, 0.2], 200), *bench.text([0.3, 0.1], 300)}
     assert sizes <= {4, 6, 12, 32}, "the file's tree of 4 comes first"
     assert len(sizes) > 2
 

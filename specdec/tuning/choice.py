@@ -21,7 +21,7 @@ import numpy as np
 from specdec.templates import chain_paths, ranked_paths
 
 Paths = list[tuple[int, ...]]
-_LEVELS_MATTER = 0.005  # share of a step that all levels together must cost
+_LEVELS_MATTER = 0.05  # share of a pass that all levels together must cost; below, a choice is ten times as quick
 SECONDS_AT_LEAST = 1e-9  # of a step; a fit of noisy times may say less
 
 
