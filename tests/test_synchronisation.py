@@ -26,12 +26,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import specdec
 from scripted import RightAmongDecoys
-from specdec import adaptive
+from specdec.adaptive import Adaptation, Adaptive
 from specdec.build import build_drafter, choices
 from specdec.decoding import Step
 from specdec.graphs import passes
 from specdec.interfaces import DecodeState, Drafter
 from specdec.tree import TokenTree
+from specdec.tuning.choice import Choice, choose
 from test_contract import model_of, plain_text, prompts
 from test_graphs import interpreted
 from verifiers.kernels.backend import TritonAttention
@@ -306,10 +307,14 @@ def test_kernels_are_not_waited_for(drafter: str, spy: Spy, monkeypatch: pytest.
 def test_trees_that_follow_the_text_wait_for_nothing_more(
     drafter: str, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = list[int]()
-    choose = adaptive.choose
-    monkeypatch.setattr(adaptive, "choose", lambda *args: (chosen.append(1), choose(*args))[1])
-    following = adaptive.Adaptive(build_drafter(drafter), adaptive.Adaptation(interval=2, gain=0.0))
+    chosen = list[Choice]()
+
+    def counted(*args: Any) -> Choice:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr("specdec.adaptive.choose", counted)
+    following = Adaptive(build_drafter(drafter), Adaptation(interval=2, gain=0.0))
     steps = waits_per_step(following, spy, 3)
     assert steps
     assert all(step.total() == 1 for step in steps), steps
