@@ -357,6 +357,16 @@ def test_a_larger_tree_asks_for_no_more_operations(drafter: str, sampled: bool, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("drafter", choices("drafter"))
 def test_a_step_waits_once_on_cuda(drafter: str) -> None:
+    assert max(waits_on_cuda(drafter)) <= 1 + MORE.get(drafter, (0, ""))[0]
+
+
+@pytest.mark.gpu
+def test_processors_that_read_the_ids_are_waited_for_once_on_cuda() -> None:
+    assert max(waits_on_cuda("token_recycling", **PROCESSORS)) <= 1
+
+
+def waits_on_cuda(drafter: str, **generate: Any) -> list[int]:
+    """Of every step after the first two, as torch counts them."""
     model = build("llama").to("cuda")
     inputs = {name: value.to("cuda") for name, value in prompts(3).items()}
     specdec.speculate(model, drafter)
@@ -371,7 +381,7 @@ def test_a_step_waits_once_on_cuda(drafter: str) -> None:
 
         specdec.speculation_of(model).observers.append(observe)
         try:
-            model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+            model.generate(**inputs, max_new_tokens=NEW_TOKENS, **generate)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert max(counts[2:]) <= 1 + MORE.get(drafter, (0, ""))[0]
+    return counts[2:]
