@@ -6,7 +6,7 @@ Prefill and whatever else runs the model keep its own implementation; a tree pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -33,8 +33,12 @@ class AttentionBackend(Protocol):
         """Why it cannot serve this model on this machine, found out by running a tree; None where it can."""
         ...
 
-    def move(self, storage: Tensor, source: Tensor, target: Tensor) -> bool:
-        """Copy slots ``source [B, m]`` to ``target [B, m]`` of ``storage [G, B, Hkv, S, D]``, read before written.
+    def move(self, storages: Sequence[Tensor], source: Tensor, target: Tensor) -> bool:
+        """Copy slots ``source [B, m]`` to ``target [B, m]`` of ``storages``, all read before any is written.
+
+        Args:
+            storages: ``[G, B, Hkv, S, D]`` each, together keys and values of all layers; their devices may differ.
+            source, target: int64, on any device.
 
         Returns:
             False where it does nothing, and leaves that to the cache.

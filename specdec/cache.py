@@ -123,7 +123,7 @@ class TreeCache(Cache):
         span: K, the slots that the running pass sees (``0..span-1``).
         width: N of the running pass.
         slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
-        mover: moves slots of a storage in place of the slab itself; false where it leaves that to the slab.
+        mover: moves slots of all storages in place of the slabs themselves; false where it leaves that to them.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class TreeCache(Cache):
         self.capacity = _bucket(max(reserve, self.columns) + self._spare)
         self.span, self.width = self.columns, 0
         self.slots: int | Tensor = 0
-        self.mover: Callable[[Tensor, Tensor, Tensor], bool] | None = None
+        self.mover: Callable[[Sequence[Tensor], Tensor, Tensor], bool] | None = None
         self._rows: dict[_Slab, Tensor] = {}
         self._slabs: list[_Slab] = []
         super().__init__(layers=self._allocate(prefilled, for_graphs))
@@ -212,16 +212,12 @@ class TreeCache(Cache):
         return self._rows[slab]
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers.
-
-        A slab at a time: one launch of a device's kernel where all layers share a slab, and one per slab where graphs
-        need them apart.
-        """
+        """Move slots ``source [B, m]`` to ``target [B, m]`` in all layers."""
+        if self.mover is not None and self.mover([slab.storage for slab in self._slabs], source, target):
+            return
         for slab in self._slabs:
             device = slab.storage.device
-            read, written = source.to(device), target.to(device)
-            if self.mover is None or not self.mover(slab.storage, read, written):
-                slab.move(read, written)
+            slab.move(source.to(device), target.to(device))
 
     def move_on_host(self, moves: Sequence[tuple[int, int, int]]) -> bool:
         """Move (row, source, target) in all layers, one after the other; false, with nothing done, on a device or where

@@ -1,9 +1,11 @@
 """How a request turns logits into tokens and when it stops: p is what plain ``generate`` would have used.
 
-Three ways to ask for p, chosen once per request from the processors and stopping criteria it carries:
+Ways to ask for p, chosen once per request from the processors and stopping criteria it carries:
 
 - *vectorised*: processors that ignore the ids (temperature, top-k, top-p, ...) take all nodes of a tree at once;
 - *by row*: every other built-in runs lazily along each row's walk, one call per emitted token, on the left-padded ids;
+- *by length*: where each of those calls would be waited for, built-ins that answer for any row alone, without waiting
+  and without remembering, take all nodes of a tree, one call for those whose texts have the same length;
 - *lock-step*: an unknown processor or criterion, which may keep state across the batch, sees exactly plain's
   sequence of calls: the whole batch, one position at a time; rows then advance together, by the shortest.
 
@@ -24,6 +26,7 @@ from transformers.generation import logits_process as processors_of_transformers
 from transformers.generation import stopping_criteria as criteria_of_transformers
 
 from specdec.transfer import upload
+from specdec.tree import TokenTree
 
 _UNIFORM_BLOCK = 256
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -43,6 +46,15 @@ _ROWS_ARE_INDEPENDENT = _IGNORE_IDS | _known(
     "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoRepeatNGramLogitsProcessor TopHLogitsWarper "
     "SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
     "ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor WatermarkLogitsProcessor",
+)
+# Functions of one row's ids and scores and nothing else. Not among them: what reads values back (watermarks, top-h,
+# n-grams of the prompt), and what a user wrote (allowed tokens), which may refuse texts that no walk reaches.
+_BY_LENGTH = _IGNORE_IDS | _known(
+    processors_of_transformers,
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor NoRepeatNGramLogitsProcessor "
+    "SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
+    "ExponentialDecayLengthPenalty SuppressTokensAtBeginLogitsProcessor RepetitionPenaltyLogitsProcessor "
+    "EncoderRepetitionPenaltyLogitsProcessor",
 )
 _SIMPLE_CRITERIA = _known(criteria_of_transformers, "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria")
 _ROW_CRITERIA = _SIMPLE_CRITERIA | _known(criteria_of_transformers, "StopStringCriteria")
@@ -97,6 +109,21 @@ FOR_ROW = _by_name(
     }
 )
 """Built-in processors that hold state per row, and the view of them that serves one row alone."""
+
+
+def _for_nodes(processor: Any, rows: Tensor) -> Any:
+    """A view of a processor of ``_BY_LENGTH`` for nodes of several rows: ``rows`` int64 ``[g]``, of each."""
+    names = [n for n in _PER_PROMPT if isinstance(processor.__dict__.get(n), Tensor)]
+    if not names:
+        return processor
+    clone = copy.copy(processor)
+    for name in names:
+        known = getattr(processor, name)
+        setattr(clone, name, known.index_select(0, rows.to(known.device)))
+    return clone
+
+
+_PER_PROMPT = ("prompt_ignore_length", "encoder_input_ids")  # attributes ``[B, ...]``
 
 
 def why_plain(processors: Sequence[Any], generation_config: Any, batch_size: int) -> str | None:
@@ -214,6 +241,7 @@ class Policy:
         self._scores: list[Tensor] = []
         self._timed = [c for c in self.criteria if type(c) is criteria_of_transformers.MaxTimeCriteria]
         self.vectorised, self.lock_step = self._mode(batch)
+        self.by_length = not self.lock_step and self._answers_by_length()
         self.groups = self._groups(batch)
 
     @property
@@ -237,6 +265,11 @@ class Policy:
         by_row &= self.has_eos or stops <= _SIMPLE_CRITERIA
         return False, batch > 1 and not by_row
 
+    def _answers_by_length(self) -> bool:
+        kinds, stops = {type(p) for p in self.processors}, {type(c) for c in self.criteria}
+        prompts = [_prompts_of(p) for p in self.processors]
+        return kinds <= _BY_LENGTH and stops <= _SIMPLE_CRITERIA and set(prompts) <= {None, self.batch_size}
+
     def _groups(self, batch: int) -> list[Group]:
         if self.lock_step or batch == 1:
             return [Group(list(range(batch)), self.processors)]
@@ -255,13 +288,55 @@ class Policy:
             flat = processor(unused, flat)
         return flat.view(logits.shape)
 
+    def score(self, logits: Tensor, tree: TokenTree) -> Tensor:
+        """Scores of all nodes, float32 ``[B, N, V]`` -> ``[B, N, V]`` (requests that answer by length only).
+
+        The processors are called once for all nodes whose texts, from the prompt to the node, have the same length.
+        """
+        if self.vectorised:
+            return self.warp(logits)
+        batch, nodes, vocabulary = logits.shape
+        ends = np.array([self.prompt_ids.shape[1] + len(out) for out in self.outputs])
+        lengths = (ends[:, None] + tree.topology.host_depths).ravel()  # of the text of each node
+        order = np.argsort(lengths, kind="stable")
+        counts = np.unique(lengths, return_counts=True)
+        places = upload(np.stack([order, order // nodes, np.argsort(order, kind="stable")]), logits.device)
+        texts = self._texts(tree, upload(ends, logits.device)).flatten(0, 1)
+        flat, scores, start = logits.reshape(-1, vocabulary), list[Tensor](), 0
+        for length, count in zip(*(part.tolist() for part in counts), strict=True):
+            where, rows = places[0, start : start + count], places[1, start : start + count]
+            ids, part = texts[:, :length].index_select(0, where), flat.index_select(0, where)
+            for processor in self.processors:
+                part = _for_nodes(processor, rows)(ids, part)
+            scores.append(part)
+            start += count
+        return torch.cat(scores).index_select(0, places[2]).view(batch, nodes, -1)
+
+    def _texts(self, tree: TokenTree, ends: Tensor) -> Tensor:
+        """int64 ``[B, N, T]``: the ids of each node's text, from the prompt to the node; what follows means nothing.
+
+        Args:
+            tree: the tree.
+            ends: int64 ``[B]``, where each row's known text ends.
+        """
+        known = self.ids(range(self.batch_size)).to(ends.device)
+        depth = tree.topology.max_depth
+        texts = torch.nn.functional.pad(known, (0, depth))[:, None].repeat(1, tree.num_nodes, 1)
+        if depth == 0:
+            return texts
+        paths = tree.topology.paths[..., 1:].expand(self.batch_size, -1, -1).clamp(min=0)
+        tokens = tree.token_ids.gather(1, paths.flatten(1)).view(paths.shape)
+        places = ends[:, None, None] + torch.arange(depth, device=ends.device)
+        return texts.scatter_(2, places.expand(paths.shape), tokens)
+
     def ids(self, rows: Sequence[int]) -> Tensor:
         """int64 ``[g, W+t]``: the ids of some rows as generate has them now; stopped rows padded to the longest."""
         longest = max(len(self.outputs[row]) for row in rows)
         pad = self.pad_token_id or 0
         emitted = [self.outputs[row] + [pad] * (longest - len(self.outputs[row])) for row in rows]
-        tail = torch.tensor(emitted, dtype=torch.int64, device=self.prompt_ids.device).view(len(rows), longest)
-        return torch.cat([self.prompt_ids[list(rows)], tail], dim=1)
+        tail = upload(np.array(emitted, dtype=np.int64).reshape(len(rows), longest), self.prompt_ids.device)
+        prompts = self.prompt_ids if rows == range(self.batch_size) else self.prompt_ids[list(rows)]
+        return torch.cat([prompts, tail], dim=1)
 
     def draw_ahead(self, count: int, device: torch.device) -> Tensor | None:
         """Uniforms of the next ``count`` positions of every row, ``[B, count]``; None under greedy decoding."""

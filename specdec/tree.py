@@ -99,6 +99,11 @@ class Topology:
         return self.parents.tolist()
 
     @cached_property
+    def host_depths(self) -> np.ndarray:
+        """``depths`` on the host; reading them synchronises on an accelerator, unless the builder knew them."""
+        return self.depths.numpy(force=True)
+
+    @cached_property
     def at_depth(self) -> Tensor:
         """int64 ``[1 or B, N, D]``: 1 where a node is at depth 1..D."""
         levels = torch.arange(1, self.max_depth + 1, device=self.parents.device)
@@ -339,10 +344,13 @@ def _topology(parents: np.ndarray, device: torch.device) -> Topology:
     nodes = np.arange(parents.shape[1])
     assert not parents[:, 0].any() and bool((parents[:, 1:] < nodes[1:]).all()), "parents precede children"
     assert bool((parents >= 0).all()), "absence is a role, never a parent"
-    above, depth = np.broadcast_to(nodes, parents.shape), 0
+    above, depths = np.broadcast_to(nodes, parents.shape), np.zeros_like(parents)
     while above.any():
-        above, depth = np.take_along_axis(parents, above, axis=1), depth + 1
-    return Topology(upload(parents, device), depth)
+        depths += above > 0
+        above = np.take_along_axis(parents, above, axis=1)
+    topology = Topology(upload(parents, device), int(depths.max()))
+    topology.host_depths = depths
+    return topology
 
 
 def pad_rows(

@@ -59,11 +59,11 @@ def compile_merge(arch: int, dim: int, dtype: str, sinks: bool = False) -> dict[
     return _compile(tree_attention._merge, pointers, free, constants, {"num_warps": 4}, arch)
 
 
-def compile_move(arch: int, path: int, dim: int) -> dict[str, Any]:
-    """The move of a path of so many slots."""
-    tile = compaction.tile_for(path, dim)
-    pointers = {"STORE": "*bf16", "SOURCE": "*i64", "TARGET": "*i64", "per_pair": "i32"}
-    constants = {"HKV": 8, "D": dim, "BM": triton.next_power_of_2(path), "BD": tile}
+def compile_move(arch: int, path: int, row: int, word: int = 4, whole: bool = True) -> dict[str, Any]:
+    """The move of a path of so many slots, of ``row`` bytes each."""
+    tile = compaction.tile_for(path, row // word)
+    pointers = {"TABLE": "*i64", "SOURCE": "*i64", "TARGET": "*i64"}
+    constants: dict[str, Any] = {"BYTES": word, "WHOLE": whole, "BM": triton.next_power_of_2(path), "BW": tile}
     return _compile(compaction._move, pointers, {"slots": "i32", "BATCH": "i32"}, constants, {"num_warps": 4}, arch)
 
 

@@ -1,7 +1,8 @@
 """The contract that every drafter keeps, whatever the family of the target and the shape of the batch.
 
-Drafters are found by listing ``conf/drafter``: a new one joins these tests by existing. The default run takes a part of
-the product drafter x family x batch; all of it runs under the marker ``slow``.
+Drafters are found by listing ``conf/drafter``: a new one joins these tests by existing. The families are tiny random
+models, and for drafters whose weights are shipped the embedded target, which means something to them. The default run
+takes a part of the product drafter x family x batch; all of it runs under the marker ``slow``.
 
 Shapes: B rows, N nodes of a tree, P committed tokens of a row.
 """
@@ -9,7 +10,7 @@ Shapes: B rows, N nodes of a tree, P committed tokens of a row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,21 +24,26 @@ import specdec
 from specdec.build import build_drafter, choices, load
 from specdec.decoding import Step
 from specdec.interfaces import DecodeState, Drafter
+from specdec.loading import Loaded, demo_target
 from specdec.metrics import SpeculationStats
 from specdec.tree import PADDING
 from zoo import PAD, VOCAB, build, untrained
 from zoo import prompts as random_prompts
 
 DRAFTERS = choices("drafter")
-pytestmark = untrained(*DRAFTERS)  # the families here are tiny random models, for which nobody trained anything
+pytestmark = untrained(*DRAFTERS)  # nobody trained anything for the tiny random models here
 FAMILIES = ("llama", "gemma3_text", "gpt2")
+DEMO = "demo"
+TRAINED = ("medusa", "hydra_heads", "kangaroo")  # for the embedded target
 NEW_TOKENS = 24
+DEMO_TOKENS = 12  # of a model that is a thousand times as large
 CLOSE = 1e-4
 
 
 def cases(*default: tuple[str, int]) -> list[Any]:
     """Drafter x family x batch; those not in ``default`` are slow."""
     product = [(drafter, family, batch) for drafter in DRAFTERS for family in FAMILIES for batch in (1, 3)]
+    product += [(drafter, DEMO, batch) for drafter in TRAINED for batch in (1, 3)]
     return [pytest.param(*case, marks=() if case[1:] in default else pytest.mark.slow) for case in product]
 
 
@@ -91,27 +97,61 @@ def prompts(batch: int, seed: int = 3) -> Inputs:
     return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
 
 
+DEMO_TEXTS = (
+    "Tom has 3 boxes with 12 apples each. He gives 7 apples to Anna. How many apples does he have left?",
+    "Write a Python function `get_name(self)`: Return the name.",
+    "Write a Python function `def is_empty(self)`: Return True if the queue is empty.",
+    "A train travels 60 miles per hour for 3 hours. How far does it go?",
+)
+
+
+@cache
+def demo() -> Loaded:
+    return demo_target("float32", "cpu")
+
+
+def left_padded(texts: Sequence[str]) -> Inputs:
+    """Prompts for the embedded target."""
+    rows = [demo().encode(text)[0] for text in texts]
+    width = max(map(len, rows))
+    mask = [(torch.arange(width) >= width - len(row)).long() for row in rows]
+    padded = [torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows]
+    return {"input_ids": torch.stack(padded), "attention_mask": torch.stack(mask)}
+
+
 @cache
 def model_of(family: str) -> Any:
-    return build(family)
+    return demo().model if family == DEMO else build(family)
+
+
+def prompts_of(family: str, batch: int, other: bool = False) -> Inputs:
+    """Left-padded prompts that suit a family; ``other`` ones than at first."""
+    if family == DEMO:
+        return left_padded(DEMO_TEXTS[-batch:] if other else DEMO_TEXTS[:batch])
+    return prompts(batch, 4 if other else 3)
+
+
+def limit_of(family: str) -> dict[str, Any]:
+    """How far its texts go, for ``generate``."""
+    return {"max_new_tokens": DEMO_TOKENS if family == DEMO else NEW_TOKENS}
 
 
 @cache
 def plain_text(family: str, batch: int) -> list[list[int]]:
     model = model_of(family)
-    return model.generate(**prompts(batch), max_new_tokens=NEW_TOKENS).tolist()
+    return model.generate(**prompts_of(family, batch), **limit_of(family)).tolist()
 
 
 def generate(
     model: Any, drafter: str | Drafter, inputs: Inputs, seed: int = 0, acceptance: str | None = None, **options: Any
 ) -> tuple[Any, Trace]:
     """One speculative request, the model plain again after it."""
-    trace = Trace()
+    trace, settings = Trace(), {"max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True, **options}
     specdec.speculate(model, drafter, acceptance=acceptance)
     try:
         specdec.speculation_of(model).observers.append(trace)
         torch.manual_seed(seed)
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, **options)
+        output = model.generate(**inputs, **settings)
     finally:
         specdec.restore(model)
     return output, trace
@@ -154,32 +194,34 @@ def check_statistics(stats: SpeculationStats, trace: Trace) -> None:
     assert all(seconds > 0 for seconds in stats.seconds.values())
 
 
-@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), ("gemma3_text", 3), ("gpt2", 1)))
+@pytest.mark.parametrize(
+    ("drafter", "family", "batch"), cases(("llama", 3), ("gemma3_text", 3), ("gpt2", 1), (DEMO, 3))
+)
 def test_greedy_text_cache_and_statistics(drafter: str, family: str, batch: int) -> None:
-    model = model_of(family)
-    inputs = prompts(batch)
+    model, limit = model_of(family), limit_of(family)
+    inputs = prompts_of(family, batch)
     built = build_drafter(drafter)
     for _ in range(2):  # the second time with what was learnt the first time
-        output, trace = generate(model, built, inputs)
+        output, trace = generate(model, built, inputs, **limit)
         assert output.sequences.tolist() == plain_text(family, batch)
         check_cache(model, inputs, output.sequences, trace)
         check_statistics(output.speculation, trace)
-    again = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+        assert family != DEMO or output.speculation.mean_accepted_tokens > 1.1, "what is shipped was trained for this"
+    again = model.generate(**inputs, **limit)
     assert again.tolist() == plain_text(family, batch), "restore() gives the plain model back"
     assert type(again) is Tensor
 
 
-@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), ("gpt2", 3)))
+@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), ("gpt2", 3), (DEMO, 3)))
 def test_sampled_text_equals_plain_decoding_with_the_same_seed(drafter: str, family: str, batch: int) -> None:
     # Whatever a tree looks like and however it was drawn, this rule takes position t of the text from uniform t. (The
     # default rule for drawn trees, rejection, keeps the law and not the text: tests/test_sampled_drafters.py.)
     rule = "target_sampling"
-    model = model_of(family)
-    inputs = prompts(batch)
+    model, inputs = model_of(family), prompts_of(family, batch)
+    settings = {"do_sample": True, "temperature": 0.8, "top_k": 6, **limit_of(family)}
     for seed in range(2):
-        settings: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 6, "seed": seed}
-        reference, _ = generate(model, "none", inputs, **settings)
-        output, trace = generate(model, drafter, inputs, acceptance=rule, **settings)
+        reference, _ = generate(model, "none", inputs, seed, **settings)
+        output, trace = generate(model, drafter, inputs, seed, rule, **settings)
         assert output.sequences.tolist() == reference.sequences.tolist()
         check_statistics(output.speculation, trace)
 
@@ -191,28 +233,29 @@ def test_seeds_matter() -> None:
     assert texts[0] != plain_text("llama", 1)
 
 
-@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3)))
+@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), (DEMO, 1)))
 def test_reset_makes_a_drafter_as_new(drafter: str, family: str, batch: int) -> None:
-    model = model_of(family)
-    inputs, other = prompts(batch), prompts(1, seed=4)
+    model, limit = model_of(family), limit_of(family)
+    inputs, other = prompts_of(family, batch), prompts_of(family, 1, other=True)
     built = build_drafter(drafter)
-    _, first = generate(model, built, inputs)
-    generate(model, built, other)
+    _, first = generate(model, built, inputs, **limit)
+    generate(model, built, other, **limit)
     built.reset()
-    _, again = generate(model, built, inputs)
+    _, again = generate(model, built, inputs, **limit)
     assert again.proposals == first.proposals
 
 
-@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3)))
+@pytest.mark.parametrize(("drafter", "family", "batch"), cases(("llama", 3), (DEMO, 1)))
 def test_saved_state_proposes_the_same(drafter: str, family: str, batch: int) -> None:
-    model = model_of(family)
-    built, inputs, other = build_drafter(drafter), prompts(batch), prompts(1, seed=4)
-    generate(model, built, other)
+    model, limit = model_of(family), limit_of(family)
+    inputs, other = prompts_of(family, batch), prompts_of(family, 1, other=True)
+    built = build_drafter(drafter)
+    generate(model, built, other, **limit)
     saved = built.state_dict()
-    _, expected = generate(model, built, inputs)
+    _, expected = generate(model, built, inputs, **limit)
     restored = build_drafter(drafter)
     restored.load_state_dict(saved)
-    _, got = generate(model, restored, inputs)
+    _, got = generate(model, restored, inputs, **limit)
     assert got.proposals == expected.proposals, "and what was saved is a copy, untouched by later requests"
 
 

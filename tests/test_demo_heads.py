@@ -1,10 +1,12 @@
-"""The weights that are shipped for the demo target: the contract on a model that means something."""
+"""The weights that are shipped for the demo target: what they gain, and what their cards say.
+
+That the text stays the target's own is a matter of the contract (``tests/test_contract.py``); here are other options.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,13 +18,9 @@ from torch import Tensor
 import specdec
 from specdec.checkpoints import CONFIG, WEIGHTS
 from specdec.demo.heldout import is_heldout
-from specdec.loading import DEMO_FOLDER, Loaded, demo_target
+from specdec.loading import DEMO_FOLDER
+from test_contract import DEMO_TEXTS, demo, left_padded
 
-PROMPTS = (
-    "Tom has 3 boxes with 12 apples each. He gives 7 apples to Anna. How many apples does he have left?",
-    "Write a Python function `get_name(self)`: Return the name.",
-    "Write a Python function `def is_empty(self)`: Return True if the queue is empty.",
-)
 # What no training has seen: questions made up for this test, and functions whose names are held out.
 QUESTIONS = (
     "A baker sells 24 loaves in the morning and half as many in the afternoon. Each loaf costs $3. How much money does "
@@ -45,23 +43,13 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
 ]
 
 
-@cache
-def demo() -> Loaded:
-    return demo_target("float32", "cpu")
+OTHERS = [(drafter, options) for drafter, options, _ in CASES if options]  # than the recipes, which the contract tests
 
 
 @cache
 def inputs(rows: int) -> dict[str, Tensor]:
     """The first prompts, left-padded."""
-    return padded(PROMPTS[:rows])
-
-
-def padded(prompts: Sequence[str]) -> dict[str, Tensor]:
-    ids = [demo().encode(text)[0] for text in prompts]
-    width = max(map(len, ids))
-    rows = [torch.nn.functional.pad(row, (width - len(row), 0)) for row in ids]
-    mask = [(torch.arange(width) >= width - len(row)).long() for row in ids]
-    return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(mask)}
+    return left_padded(DEMO_TEXTS[:rows])
 
 
 def generate(rows: int, **options: Any) -> Any:
@@ -69,43 +57,37 @@ def generate(rows: int, **options: Any) -> Any:
     return demo().model.generate(**inputs(rows), max_new_tokens=40, **options)
 
 
-@cache
-def plain(rows: int) -> list[list[int]]:
-    return generate(rows).tolist()
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("drafter", "options", "least"), CASES)
-def test_text_is_the_targets_own_and_comes_in_fewer_passes(
-    drafter: str, options: dict[str, Any], least: float, rows: int
-) -> None:
-    model = demo().model
-    specdec.speculate(model, drafter, **options)
+def speculative(rows: int, drafter: str, options: dict[str, Any], **generating: Any) -> tuple[list[list[int]], float]:
+    """Text and mean accepted tokens; the model is plain again."""
+    model = specdec.speculate(demo().model, drafter, **options)
     try:
-        assert generate(rows).tolist() == plain(rows)
-        if rows == len(PROMPTS):
-            assert model.speculation.mean_accepted_tokens > least
+        return generate(rows, **generating).tolist(), model.speculation.mean_accepted_tokens
     finally:
         specdec.restore(model)
 
 
 @pytest.mark.parametrize(("drafter", "options", "least"), CASES)
-def test_sampled_text_does_not_depend_on_the_drafter(drafter: str, options: dict[str, Any], least: float) -> None:  # noqa: ARG001
-    model, texts = demo().model, []
-    for name, chosen in (("none", {}), (drafter, options)):
-        specdec.speculate(model, name, **chosen)
-        try:
-            texts.append(generate(2, do_sample=True, temperature=0.8).tolist())
-        finally:
-            specdec.restore(model)
-    assert texts[0] == texts[1]
+def test_text_comes_in_fewer_passes(drafter: str, options: dict[str, Any], least: float) -> None:
+    assert speculative(3, drafter, options)[1] > least
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("drafter", "options"), OTHERS)
+def test_text_is_the_targets_own(drafter: str, options: dict[str, Any], rows: int) -> None:
+    assert speculative(rows, drafter, options)[0] == generate(rows).tolist()
+
+
+@pytest.mark.parametrize(("drafter", "options"), OTHERS)
+def test_sampled_text_does_not_depend_on_the_drafter(drafter: str, options: dict[str, Any]) -> None:
+    sampled: dict[str, Any] = {"do_sample": True, "temperature": 0.8}
+    assert speculative(2, drafter, options, **sampled)[0] == speculative(2, "none", {}, **sampled)[0]
 
 
 def test_heads_that_read_the_draft_beat_those_that_do_not() -> None:
     """At one tree, on texts that neither has seen: Hydra++ has more accepted than Medusa, and not by a hair."""
     assert all(is_heldout("def " + signature.partition("(")[0]) for signature in FUNCTIONS)
     asked = [f"Write a Python function `{signature}`: {summary}" for signature, summary in FUNCTIONS.items()]
-    held_out, model, accepted = padded([*QUESTIONS, *asked]), demo().model, {}
+    held_out, model, accepted = left_padded([*QUESTIONS, *asked]), demo().model, {}
     for drafter in ("medusa", "hydra_heads"):
         specdec.speculate(model, drafter, tree="mc_sim_7b_63")
         try:

@@ -7,18 +7,21 @@ The interpreter runs programs one after the other and knows no bfloat16: races a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 pytest.importorskip("triton", reason="the kernels need Triton (extra 'kernels')")
 
+from specdec.cache import TreeCache
 from specdec.tree import Topology, chain
 from specdec.visibility import CHUNKED, FULL, SLIDING, AttentionKinds, packed_masks, packed_visibility
 from test_attention import random_topology
 from verifiers.kernels import compaction, plain, tree_attention
+from verifiers.kernels.backend import TritonAttention
 from verifiers.kernels.tree_attention import Launch, num_splits
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -262,14 +265,43 @@ def test_number_of_splits(programs: int, rows: int, span: int, units: int, expec
     assert num_splits(programs, rows, span, units) == expected
 
 
-def moved(path: Sequence[Sequence[int]], lengths: Sequence[int], dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    device = torch.device("cpu" if tree_attention.INTERPRETED else "cuda")
-    generator = torch.Generator().manual_seed(dim)
-    storage = torch.randn(4, len(lengths), 2, 160, dim, generator=generator).to(device, dtype)
-    width = len(path[0])
+class Slab(NamedTuple):
+    """``[groups, B, heads, slots, dim]`` of a dtype."""
+
+    groups: int
+    heads: int
+    dim: int
+    dtype: torch.dtype = torch.float16
+    slots: int = 160
+
+    def numbers(self, batch: int, generator: torch.Generator) -> Tensor:
+        size = (self.groups, batch, self.heads, self.slots, self.dim)
+        return torch.randn(size, generator=generator).to(device_of_kernels(), self.dtype)
+
+
+def device_of_kernels() -> torch.device:
+    return torch.device("cpu" if tree_attention.INTERPRETED else "cuda")
+
+
+def moved(path: Sequence[Sequence[int]], lengths: Sequence[int], *slabs: Slab) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Slabs of random numbers, and the move of each row's path to the slots behind its committed tokens."""
+    generator, device = torch.Generator().manual_seed(len(slabs)), device_of_kernels()
     source = torch.tensor([[length + node for node in row] for row, length in zip(path, lengths, strict=True)])
-    target = torch.tensor([[length + node for node in range(width)] for length in lengths])
-    return storage, source.to(device), target.to(device)
+    target = torch.tensor([[length + node for node in range(len(path[0]))] for length in lengths])
+    return [slab.numbers(len(lengths), generator) for slab in slabs], source.to(device), target.to(device)
+
+
+def check_move(storages: list[Tensor], source: Tensor, target: Tensor) -> bool:
+    """Kernel and definition leave what a copy row by row leaves; whether anything moved."""
+    expected = [storage.clone() for storage in storages]
+    for storage, old in zip(expected, storages, strict=True):
+        for row in range(storage.shape[1]):
+            storage[:, row, :, target[row]] = old[:, row, :, source[row]]
+    for move in (plain.move, lambda slabs, *path: compaction.move(compaction.table_of(slabs), *path)):
+        got = [storage.clone() for storage in storages]
+        move(got, source, target)
+        assert all(map(torch.equal, got, expected))
+    return not all(map(torch.equal, storages, expected))
 
 
 PATHS = {
@@ -284,17 +316,82 @@ PATHS = {
 @pytest.mark.parametrize("dim", [16, 80])
 @pytest.mark.parametrize("path", PATHS)
 def test_move_is_its_definition(path: str, dim: int) -> None:
-    storage, source, target = moved(*PATHS[path], dim, torch.float16)
+    storages, source, target = moved(*PATHS[path], Slab(4, 2, dim))
     if path == "ragged, padded with moves onto themselves":
         target[1, 0] = 91  # slots 91, 91, 92 -> 91, 91, 92: what is written twice is the same
-    expected = storage.clone()
-    for row in range(storage.shape[1]):
-        expected[:, row, :, target[row]] = storage[:, row, :, source[row]]
-    for move in (plain.move, compaction.move):
-        got = storage.clone()
-        move(got, source, target)
-        assert torch.equal(got, expected)
-    assert torch.equal(storage, expected) == (path == "nothing moves")
+    assert check_move(storages, source, target) == (path != "nothing moves")
+
+
+UNLIKE = {
+    "a slab for every layer": ([Slab(1, 2, 16)] * 6, 4, True),
+    "head numbers": ([Slab(1, 1, 32), Slab(3, 4, 32), Slab(2, 2, 32)], 4, True),
+    "head sizes": ([Slab(2, 2, 64), Slab(2, 2, 8), Slab(1, 2, 72)], 4, True),
+    "sizes that fill no whole access": ([Slab(2, 2, 64), Slab(1, 2, 6)], 4, False),
+    "dtypes": ([Slab(1, 2, 16, torch.float32), Slab(1, 2, 16, torch.bfloat16), Slab(1, 2, 16, torch.float64)], 4, True),
+    "an odd number of halves": ([Slab(1, 2, 5), Slab(1, 2, 16)], 2, False),
+    "bytes": ([Slab(1, 2, 7, torch.int8), Slab(1, 2, 16)], 1, False),
+    "slots": ([Slab(1, 2, 16, slots=160), Slab(2, 2, 16, slots=224)], 4, True),
+}
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_slabs_that_differ_are_moved_in_one_launch(unlike: str) -> None:
+    slabs, word, whole = UNLIKE[unlike]
+    storages, source, target = moved([[0, 2, 5], [3, 4, 9]], [7, 90], *slabs)
+    table = compaction.table_of(storages)
+    assert (table.word_bytes, table.whole, table.entries.shape) == (word, whole, (len(slabs), 5))
+    assert check_move(storages, source, target)
+
+
+def test_bits_that_are_no_numbers_are_moved_as_they_are() -> None:
+    """A NaN with a payload stays that NaN."""
+    storages, source, target = moved([[3]], [5], Slab(1, 1, 16, torch.float32))
+    bits = torch.arange(0x7FC00001, 0x7FC00011, dtype=torch.int32, device=source.device)
+    storages[0][0, 0, 0, 8] = bits.view(torch.float32)
+    compaction.move(compaction.table_of(storages), source, target)
+    assert torch.equal(storages[0][0, 0, 0, 5].view(torch.int32), bits)
+
+
+@pytest.mark.parametrize("for_graphs", [False, True])
+def test_a_cache_is_moved_in_one_launch_however_it_is_cut(for_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after its slabs have grown, and by the same backend when another request's cache comes."""
+    launches = list[int]()
+    launch = compaction.move
+
+    def counted(*args: Any) -> None:
+        launches.append(len(args[0].entries))
+        launch(*args)
+
+    monkeypatch.setattr(compaction, "move", counted)
+    backend = TritonAttention()
+    backend._kernel, backend._compaction = tree_attention, compaction
+    source, target = torch.tensor([[9, 12], [8, 9]]), torch.tensor([[8, 9], [8, 9]])
+    for seed in range(2):
+        made, expected = cut_cache(for_graphs, seed), cut_cache(for_graphs, seed)
+        made.mover = backend.move
+        for rounds in range(2):
+            made.move(source, target)
+            expected.move(source, target)
+            for layer, other in zip(made.layers, expected.layers, strict=True):
+                assert torch.equal(layer.keys, other.keys)
+                assert torch.equal(layer.values, other.values)
+            if rounds == 0:
+                made.reserve(made.capacity + 1)
+                expected.reserve(expected.capacity + 1)
+    assert launches == [6 if for_graphs else 2] * 4  # keys and values differ in size
+
+
+def cut_cache(for_graphs: bool, seed: int) -> TreeCache:
+    """Three layers, two rows of 8 committed tokens, random numbers; keys of another head size than values."""
+    generator, prefilled = torch.Generator().manual_seed(seed), DynamicCache()
+    for layer in range(3):
+        keys, values = (torch.zeros(2, 2, 8, size, device=device_of_kernels()) for size in (16, 24))
+        prefilled.update(keys, values, layer)
+    made = TreeCache(prefilled, None, 40, for_graphs=for_graphs)
+    for entry in made.layers:
+        for store in (entry.keys, entry.values):
+            store.copy_(torch.randn(store.shape, generator=generator))
+    return made
 
 
 @pytest.mark.gpu
@@ -337,10 +434,7 @@ def test_a_graph_is_replayed_while_the_text_grows() -> None:
 def test_many_moves_on_a_gpu(dtype: torch.dtype) -> None:
     """Races would show: paths that overlap their own targets, over and over, in many programs."""
     generator = torch.Generator().manual_seed(0)
+    slabs = [Slab(1, 2, 128, dtype), Slab(3, 4, 64, dtype), Slab(1, 2, 128, torch.float16)]
     for _ in range(50):
         nodes = torch.randperm(60, generator=generator)[:30].sort().values.tolist()
-        storage, source, target = moved([nodes, nodes], [10, 70], 128, dtype)
-        expected = storage.clone()
-        plain.move(expected, source, target)
-        compaction.move(storage, source, target)
-        assert torch.equal(storage, expected)
+        assert check_move(*moved([nodes, nodes], [10, 70], *slabs))

@@ -46,7 +46,7 @@ def test_the_usual_tiles() -> None:
     cases = [attention(arch, rows) for arch in (AMPERE, HOPPER) for rows in (4, 256)]
     others: list[dict[str, Any]] = [
         {"kernel": "merge", "arch": AMPERE, "dim": 128, "dtype": "bf16"},
-        {"kernel": "move", "arch": AMPERE, "path": 8, "dim": 128},
+        {"kernel": "move", "arch": AMPERE, "path": 8, "row": 256},
     ]
     *attentions, merge, move = compiled(cases + others)
     for case, answer in zip(cases, attentions, strict=True):
@@ -55,9 +55,9 @@ def test_the_usual_tiles() -> None:
     check_move(move)
 
 
-def check_move(answer: dict[str, Any], few: bool = False) -> None:
-    """``few``: numbers, so that a thread takes less than the 16 bytes of a whole access."""
-    assert answer["spilled"] == 0
+def check_move(answer: dict[str, Any], few: bool = False, spilled: int = 0) -> None:
+    """``few``: bytes, so that a thread takes less than the 16 of a whole access."""
+    assert answer["spilled"] <= spilled
     assert answer["whole_lines"] or few
     assert answer["barrier"]
     assert not answer["loads_after_last_barrier"], "the whole path is read"
@@ -79,8 +79,16 @@ def test_the_whole_table(arch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [AMPERE, HOPPER])
 def test_moves_and_merges_of_any_size(arch: int) -> None:
-    moves = [
-        {"kernel": "move", "arch": arch, "path": path, "dim": dim} for path in (1, 8, 64, 128) for dim in (64, 128)
+    moves: list[dict[str, Any]] = [
+        {"kernel": "move", "arch": arch, "path": path, "row": row}
+        for path in (1, 8, 64, 128)
+        for row in (128, 256, 1024)
+    ]
+    # Of odd sizes: word by word, whatever a word is.
+    moves += [
+        {"kernel": "move", "arch": arch, "path": path, "row": 260, "word": word, "whole": False}
+        for path in (8, 128)
+        for word in (1, 2, 4)
     ]
     merges = [
         {"kernel": "merge", "arch": arch, "dim": dim, "dtype": dtype, "sinks": sinks}
@@ -88,5 +96,7 @@ def test_moves_and_merges_of_any_size(arch: int) -> None:
     ]
     answers = compiled(moves + merges)
     for case, answer in zip(moves, answers, strict=False):
-        check_move(answer, few=int(case["path"]) * int(case["dim"]) < THREADS * 8)
+        few = not case.get("whole", True) or case["path"] * case["row"] < THREADS * 16
+        # Single bytes (8-bit numbers, an odd head size) are put together on the stack.
+        check_move(answer, few, spilled=32 if case.get("word") == 1 else 0)
     assert all(answer["spilled"] == 0 for answer in answers[len(moves) :])

@@ -12,7 +12,8 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import specdec
+from scripted import RightAmongDecoys
+from specdec.adaptive import Adaptation, Adaptive
 from specdec.build import build_drafter, choices
 from specdec.decoding import Step
+from specdec.graphs import passes
 from specdec.interfaces import DecodeState, Drafter
-from test_contract import model_of, prompts
-from zoo import build, untrained
+from specdec.tree import TokenTree
+from specdec.tuning.choice import Choice, choose
+from test_contract import model_of, plain_text, prompts
+from test_graphs import interpreted
+from verifiers.kernels.backend import TritonAttention
+from zoo import VOCAB, build, untrained
 
 pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
@@ -145,11 +153,16 @@ def tensors_within(value: Any, seen: set[int], depth: int = 0) -> Iterator[Tenso
         yield from tensors_within(getattr(value, "__dict__", {}), seen, depth + 1)
 
 
-def waits_per_step(drafter: str | Drafter, spy: Spy, batch: int, **generate: Any) -> list[Counter[str]]:
-    """Waits of every step after the prefill."""
+def waits_per_step(
+    drafter: str | Drafter, spy: Spy, batch: int, how: Mapping[str, Any] | None = None, **generate: Any
+) -> list[Counter[str]]:
+    """Waits of every step after the prefill; ``how`` goes to ``speculate``."""
     model, steps = model_of("llama"), list[Counter[str]]()
-    specdec.speculate(model, drafter)
+    settings = {"max_new_tokens": NEW_TOKENS, **generate}
+    specdec.speculate(model, drafter, **(how or {}))
     handle = specdec.speculation_of(model)
+    if handle.target.graphs is not None:
+        model.generate(**prompts(batch), **settings)  # what is made once is made before
     for part in (*model.parameters(), *model.buffers()):
         spy.mark(part)
     # What these keep is on the host by their method: tables, pools, texts.
@@ -168,7 +181,7 @@ def waits_per_step(drafter: str | Drafter, spy: Spy, batch: int, **generate: Any
     handle.observers.append(observe)
     try:
         with spy:
-            model.generate(**prompts(batch), max_new_tokens=NEW_TOKENS, **generate)
+            model.generate(**prompts(batch), **settings)
     finally:
         specdec.restore(model)
     return steps[1:]  # the first one also makes what later ones find
@@ -190,6 +203,122 @@ def test_a_sampled_step_waits_once(spy: Spy) -> None:
     torch.manual_seed(0)
     steps = waits_per_step("token_recycling", spy, 3, do_sample=True, temperature=0.8, top_k=20)
     assert all(step.total() == 1 for step in steps), steps
+
+
+PROCESSORS: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 3,
+    "min_new_tokens": 9,
+    "eos_token_id": 7,
+}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_that_read_the_ids_are_waited_for_once(batch: int, sampled: bool, spy: Spy) -> None:
+    torch.manual_seed(0)
+    steps = waits_per_step("token_recycling", spy, batch, do_sample=sampled, **PROCESSORS)
+    assert len(steps) > 1
+    assert all(step.total() == 1 for step in steps), steps
+
+
+@pytest.mark.parametrize("drafter", ["early_exit", "kangaroo"])
+def test_drafts_of_a_fixed_length_wait_for_nothing(drafter: str, spy: Spy) -> None:
+    steps = waits_per_step(build_drafter(drafter, confidence=0.0), spy, 3)
+    assert steps
+    assert all(step.total() == 1 for step in steps), steps
+
+
+@pytest.fixture
+def _traced_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Graphs are run operation by operation, and made the first time that they could be."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(passes, "inductor", interpreted)
+    monkeypatch.setattr(passes, "RECURS", 0)
+    passes._MADE.clear()
+    yield
+    passes._MADE.clear()
+
+
+@pytest.mark.usefixtures("_traced_only")
+@pytest.mark.parametrize(
+    ("drafter", "batch"),
+    [
+        ("token_recycling", 3),
+        ("kangaroo", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("token_recycling", 1), ("kangaroo", 3), ("medusa", 3)]
+        ),
+    ],
+)
+def test_passes_as_graphs_wait_for_nothing(drafter: str, batch: int, spy: Spy) -> None:
+    built = build_drafter(drafter, **({"confidence": 0.0} if drafter == "kangaroo" else {}))
+    steps = waits_per_step(built, spy, batch, {"compile": True})
+    assert steps
+    assert all(step.total() == 1 for step in steps), steps
+    (made,) = passes._MADE.values()
+    assert made.graphs, "passes were graphs"
+
+
+class Knowing(RightAmongDecoys):
+    """The text to come among wrong siblings; what it reads to lay them out is the test's, not a drafter's."""
+
+    def __init__(self, spy: Spy) -> None:
+        columns = prompts(2)["input_ids"].shape[1]
+        super().__init__(VOCAB, 2, [row[columns:] for row in plain_text("llama", 2)])
+        self.spy = spy
+
+    def propose(self, state: DecodeState) -> TokenTree:
+        self.spy.within = True
+        tree = super().propose(state)
+        self.spy.within = False
+        return tree
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need Triton (extra 'kernels')")
+@pytest.mark.parametrize("drafter", ["scripted", pytest.param("kangaroo", marks=pytest.mark.slow)])
+def test_kernels_are_not_waited_for(drafter: str, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of unequal lengths, whose accepted keys and values the kernel moves."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launches = list[str]()
+    interpret = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **options: Any) -> None:
+        # What the interpreter reads in the place of a device is no wait of ours.
+        launches.append(self.fn.__name__)
+        before, spy.within = spy.within, True
+        try:
+            interpret(self, *args, **options)
+        finally:
+            spy.within = before
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    built: Any = Knowing(spy) if drafter == "scripted" else build_drafter(drafter, confidence=0.0, num_draft_tokens=2)
+    steps = waits_per_step(built, spy, 2, {"attention": TritonAttention(splits=1)}, max_new_tokens=7)
+    assert steps
+    assert all(step.total() == 1 for step in steps), steps
+    moving = set() if drafter == "kangaroo" else {"_move"}  # a chain stays where it is
+    assert set(launches) == {"_partial", "_merge", *moving}
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", "medusa", "prompt_lookup"])
+def test_trees_that_follow_the_text_wait_for_nothing_more(
+    drafter: str, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = list[Choice]()
+
+    def counted(*args: Any) -> Choice:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr("specdec.adaptive.choose", counted)
+    following = Adaptive(build_drafter(drafter), Adaptation(interval=2, gain=0.0))
+    steps = waits_per_step(following, spy, 3)
+    assert steps
+    assert all(step.total() == 1 for step in steps), steps
+    assert chosen
 
 
 def test_the_spy_sees_what_waits(spy: Spy) -> None:
@@ -228,6 +357,16 @@ def test_a_larger_tree_asks_for_no_more_operations(drafter: str, sampled: bool, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("drafter", choices("drafter"))
 def test_a_step_waits_once_on_cuda(drafter: str) -> None:
+    assert max(waits_on_cuda(drafter)) <= 1 + MORE.get(drafter, (0, ""))[0]
+
+
+@pytest.mark.gpu
+def test_processors_that_read_the_ids_are_waited_for_once_on_cuda() -> None:
+    assert max(waits_on_cuda("token_recycling", **PROCESSORS)) <= 1
+
+
+def waits_on_cuda(drafter: str, **generate: Any) -> list[int]:
+    """Of every step after the first two, as torch counts them."""
     model = build("llama").to("cuda")
     inputs = {name: value.to("cuda") for name, value in prompts(3).items()}
     specdec.speculate(model, drafter)
@@ -242,7 +381,7 @@ def test_a_step_waits_once_on_cuda(drafter: str) -> None:
 
         specdec.speculation_of(model).observers.append(observe)
         try:
-            model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+            model.generate(**inputs, max_new_tokens=NEW_TOKENS, **generate)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert max(counts[2:]) <= 1 + MORE.get(drafter, (0, ""))[0]
+    return counts[2:]

@@ -44,15 +44,9 @@ def follow(tree: TokenTree, chosen: Tensor) -> Walk:
 
 def _follow_on_host(tree: TokenTree, chosen: Tensor) -> Walk:
     # The same where there is no device to wait for: one look-up by (parent, token) for each accepted node.
-    longest, numbers = tree.topology.max_depth + 1, range(1, tree.num_nodes)
-    parents = tree.topology.host_parents
-    alive = None if tree.role is None else tree.role.tolist()
+    longest = tree.topology.max_depth + 1
     paths, emitted = [], []
-    for row, (mine, tokens) in enumerate(zip(tree.token_ids.tolist(), chosen.tolist(), strict=True)):
-        nodes: Any = zip(zip(parents[row if len(parents) > 1 else 0][1:], mine[1:], strict=True), numbers, strict=True)
-        if alive is not None:
-            nodes = compress(nodes, map(not_, alive[row][1:]))  # CANDIDATE is 0
-        children = dict(nodes)
+    for children, tokens in zip(children_on_host(tree), chosen.tolist(), strict=True):
         path, node = [0], children.get((0, tokens[0]))
         while node is not None:
             path.append(node)
@@ -61,6 +55,20 @@ def _follow_on_host(tree: TokenTree, chosen: Tensor) -> Walk:
         paths.append(path + [-1] * missing)
         emitted.append([tokens[node] for node in path] + [tokens[0]] * missing)
     return Walk(torch.from_numpy(np.array(paths)), torch.from_numpy(np.array(emitted)))
+
+
+def children_on_host(tree: TokenTree) -> list[dict[tuple[int, int], int]]:
+    """Per row: (node, token) -> the child of that node that holds the token, candidates only; reads the tree back."""
+    parents, numbers = tree.topology.host_parents, range(1, tree.num_nodes)
+    alive = None if tree.role is None else tree.role.tolist()
+    table: list[dict[tuple[int, int], int]] = []
+    for row, tokens in enumerate(tree.token_ids.tolist()):
+        above = parents[row if len(parents) > 1 else 0]
+        nodes: Any = zip(zip(above[1:], tokens[1:], strict=True), numbers, strict=True)
+        if alive is not None:
+            nodes = compress(nodes, map(not_, alive[row][1:]))  # CANDIDATE is 0
+        table.append(dict(nodes))
+    return table
 
 
 def path_to(tree: TokenTree, node: Tensor) -> Tensor:

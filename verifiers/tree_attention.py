@@ -17,8 +17,8 @@ from specdec.routing import FULL, Route
 from specdec.sampling import Group, Policy
 from specdec.selection import on_host
 from specdec.target import PassOutput, Target
-from specdec.tree import CANDIDATE, TokenTree, root_only
-from verifiers.acceptance import Greedy, TargetSampling
+from specdec.tree import TokenTree, root_only
+from verifiers.acceptance import Greedy, TargetSampling, children_on_host
 from verifiers.rejection import RecursiveRejection
 
 
@@ -51,7 +51,8 @@ class TreeVerifier:
         output.logits = output.logits.float()  # once, for the rule and for whoever learns from them
         rule = self._rule(policy, tree)
         uniforms = policy.draw_ahead(tree.topology.max_depth + 1, tree.token_ids.device)
-        if policy.vectorised:
+        # Where nothing waits, a walk that asks for p node by node computes least.
+        if policy.vectorised or (policy.by_length and not on_host(output.logits)):
             step = self._vectorised(rule, state, tree, output, uniforms)
         else:
             step = _walk_lazily(rule, state, tree, output.logits, uniforms)
@@ -89,7 +90,7 @@ class TreeVerifier:
     ) -> Verification:
         policy = state.policy
         with torch.inference_mode():
-            scores = policy.warp(output.logits)
+            scores = policy.score(output.logits, tree)
             coins = policy.draw_coins(rule.num_coins(tree), scores.device)
             walk = rule.accept(tree, scores, uniforms, coins)
             rows = _fetch(walk.path, walk.tokens, tree.candidates_by_depth())
@@ -129,7 +130,7 @@ def _walk_lazily(
     step.offered = tree.candidates_by_depth().tolist()
     if state.policy.wants_scores:
         step.scores = [logits.new_empty(0, logits.shape[-1], dtype=torch.float32) for _ in range(batch)]
-    children = _children(tree)
+    children = children_on_host(tree)
     for group in state.policy.groups:
         if not all(state.finished[row] for row in group.rows):
             _walk_group(rule, state.policy, group, children, uniforms, step)
@@ -140,7 +141,7 @@ def _walk_group(
     rule: AcceptanceRule,
     policy: Policy,
     group: Group,
-    children: list[dict[int, dict[int, int]]],
+    children: list[dict[tuple[int, int], int]],
     uniforms: Tensor | None,
     step: Verification,
 ) -> None:
@@ -165,9 +166,7 @@ def _walk_group(
                 if step.scores is not None:
                     step.scores[row] = torch.cat([step.scores[row], scores[index : index + 1]])
         stopped = _stop(policy, step, rows, [old or new for old, new in zip(stopped, now, strict=True)])
-        following = [
-            children[row].get(node, {}).get(token) for row, node, token in zip(rows, nodes, emitted, strict=True)
-        ]
+        following = [children[row].get((node, token)) for row, node, token in zip(rows, nodes, emitted, strict=True)]
         if all(stopped) or any(n is None for n, row in zip(following, rows, strict=True) if not step.finished[row]):
             return
         nodes = [node if following[index] is None else following[index] for index, node in enumerate(nodes)]  # type: ignore[misc]
@@ -181,17 +180,3 @@ def _stop(policy: Policy, step: Verification, rows: list[int], stopped: list[boo
         policy.stopped[row] = done
         step.finished[row] = done and (policy.has_eos or all(stopped))
     return stopped
-
-
-def _children(tree: TokenTree) -> list[dict[int, dict[int, int]]]:
-    """Per row: node -> token -> child, candidates only."""
-    tokens, parents = tree.token_ids.tolist(), tree.parents.tolist()
-    roles = tree.role.tolist() if tree.role is not None else [[CANDIDATE] * tree.num_nodes] * tree.batch_size
-    table: list[dict[int, dict[int, int]]] = []
-    for row in range(tree.batch_size):
-        children: dict[int, dict[int, int]] = {}
-        for node in range(1, tree.num_nodes):
-            if roles[row][node] == CANDIDATE:
-                children.setdefault(parents[row][node], {})[tokens[row][node]] = node
-        table.append(children)
-    return table

@@ -7,12 +7,13 @@ packed mask, or asks for something that the backend does not compute, goes to ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class PlainAttention:
             return seen if failed is None else f"{seen} ({failed})"
         return probe.reason or failed
 
-    def move(self, storage: Tensor, source: Tensor, target: Tensor) -> bool:  # noqa: ARG002
+    def move(self, storages: Sequence[Tensor], source: Tensor, target: Tensor) -> bool:  # noqa: ARG002
         """The cache's own move is the definition."""
         return False
 
@@ -94,6 +95,8 @@ class TritonAttention(PlainAttention):
             self.implementation = f"specdec_triton_{splits}"
         self._kernel: ModuleType | None = None
         self._compaction: ModuleType | None = None
+        self._tables: list[Any] = []
+        self._slabs: list[ref[Tensor]] = []
 
     def fit(self, target: Target) -> str | None:
         """Why the kernels cannot serve a model here; None where they can."""
@@ -105,12 +108,25 @@ class TritonAttention(PlainAttention):
         reason = self._why_not_on(target.device)
         return reason or super().fit(target)
 
-    def move(self, storage: Tensor, source: Tensor, target: Tensor) -> bool:
-        """One launch for all layers of a storage, where the kernel can reach it."""
-        if self._compaction is None or self._why_not_on(storage.device) is not None:
+    def move(self, storages: Sequence[Tensor], source: Tensor, target: Tensor) -> bool:
+        """One launch for all layers on a device, where the kernel can reach them all."""
+        if self._compaction is None:
             return False
-        self._compaction.move(storage, source, target)
+        if not self._tabled(storages):
+            devices = list(dict.fromkeys(storage.device for storage in storages))
+            if any(self._why_not_on(device) is not None for device in devices):
+                return False
+            shares = [[storage for storage in storages if storage.device == device] for device in devices]
+            self._tables = [self._compaction.table_of(share) for share in shares]
+            self._slabs = [ref(storage) for storage in storages]
+        for table in self._tables:
+            self._compaction.move(table, source, target)
         return True
+
+    def _tabled(self, storages: Sequence[Tensor]) -> bool:
+        """Whether the tables at hand are of these very slabs."""
+        known = self._slabs
+        return len(known) == len(storages) and all(of() is slab for of, slab in zip(known, storages, strict=True))
 
     def _attend(self, *args: Any, **options: Any) -> Tensor:
         assert self._kernel is not None, "fitted before it is used"

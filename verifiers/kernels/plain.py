@@ -6,6 +6,8 @@ Hkv heads of queries and of keys and values, D head size, W words of 64 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,14 +58,15 @@ def tree_attention(
     return result.view(batch, heads, nodes, -1).transpose(1, 2).contiguous().to(query.dtype)
 
 
-def move(storage: Tensor, source: Tensor, target: Tensor) -> None:
+def move(storages: Sequence[Tensor], source: Tensor, target: Tensor) -> None:
     """Copy slots ``source [B, m]`` to ``target [B, m]`` in every layer, as if all were read before any is written.
 
     Args:
-        storage: ``[G, B, Hkv, S, D]``, keys and values of all layers; written in place.
+        storages: ``[G, B, Hkv, S, D]`` each, together keys and values of all layers; written in place.
         source: int64, slots to read.
         target: int64, slots to write, all different within a row.
     """
-    rows = torch.arange(source.shape[0], device=storage.device)[:, None]
-    # Indices on both sides of the heads: [B, m, G, Hkv, D].
-    storage[:, rows, :, target] = storage[:, rows, :, source].clone()
+    rows = torch.arange(source.shape[0], device=source.device)[:, None]
+    for storage in storages:
+        # Indices on both sides of the heads: [B, m, G, Hkv, D].
+        storage[:, rows, :, target] = storage[:, rows, :, source].clone()
