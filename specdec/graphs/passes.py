@@ -3,7 +3,8 @@
 A pass over a small model is bound by the dispatch of its operations, which a graph does not pay. What makes a graph
 worth its making is that its shapes recur: passes are padded to a bucket, inputs lie in buffers that are written in
 place, and the numbers of slots and of rows are symbols, so that neither a growing text nor another batch size makes
-anything anew. Only a single row, the common case, has graphs of its own (and every number beyond ``MOST_ROWS``).
+anything anew. Only a single row, the common case, has graphs of its own. So has every number of rows beyond
+``MOST_ROWS``, and every one of a model whose code asks for the number, as Llama 4's does.
 
 Two things can be done with the traced pass, alone or together: compile it (``compiler``, CPU and CUDA, kept on disk by
 ``graphs.store``), and capture it over fixed buffers (``capture``, a CUDA graph per bucket).
@@ -55,11 +56,16 @@ Capture = Callable[[Run], Run]
 """Given a function over fixed buffers, one that repeats its operations on what the buffers hold by then."""
 
 
+class _RowsAreFixed(Exception):
+    """The model's forward cannot be traced with the number of rows as a symbol."""
+
+
 class _Made:
     """The graphs of one model, and by what to tell that it has changed since."""
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[PassShape, int], Graph] = {}
+        self.fixed = set[Route]()  # whose graphs are for one number of rows each
         self.looked_for = set[tuple[PassShape, int]]()  # on disk, before a request needed them
         self.state: Any = None
         self.store: Store | None = None
@@ -174,6 +180,9 @@ class GraphPasses:
             with torch.inference_mode():
                 outputs = self._graph(shape, buffers)(tensors) if self.capture is None else self._replay(shape, run)
                 logits, found = unpack(shape, outputs, nodes)
+        except _RowsAreFixed:
+            self._made.fixed.add(route)
+            return self(context, inputs, route, states, taps)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may throw, ordinary passes go on
             lines = str(error).strip().splitlines() or [""]
             self.failures[route] = f"{type(error).__name__}: {lines[0]}"
@@ -232,7 +241,7 @@ class GraphPasses:
         words = 0 if self.attention is None else -(-self.buckets[-1] // 64)
         device = context.template["position_ids"].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        rows = None if 1 < batch <= MOST_ROWS else batch
+        rows = None if 1 < batch <= MOST_ROWS and route not in self._made.fixed else batch
         return PassShape(rows, bucket, route, taps, self._attends, words, self._dtypes, autocast)
 
     def _recurs(self, shape: PassShape) -> bool:
@@ -304,7 +313,13 @@ class GraphPasses:
         shape, start = module.shape, time.perf_counter()
         _MAKINGS["compiled"] += 1
         self.announce(f"compiling {self._what(shape)} ...")
-        graph = compiler(trace(module, buffers), shape, self._store(module))
+        try:
+            program = trace(module, buffers)
+        except Exception as error:
+            if shape.batch is None:
+                raise _RowsAreFixed from error
+            raise
+        graph = compiler(program, shape, self._store(module))
         self.announce(f"compiled {self._what(shape)} in {time.perf_counter() - start:.0f} s")
         return graph
 
