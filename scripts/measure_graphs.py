@@ -1,9 +1,12 @@
 """Measure compiled passes: what making and loading a graph takes, and a pass as a graph against an ordinary one.
 
     python scripts/measure_graphs.py [--model demo|deep] [--dtype bfloat16] [--threads 2] [--nodes 1 8 16 25 64]
+        [--rows 1 4 8]
 
-Passes are full ones over chains behind a prompt, taken in turns within one process; ratios of medians count. Run it
-twice: the second time graphs are loaded (``SPECDEC_CACHE`` names another folder for them). The last line is JSON.
+Passes are full ones over chains behind a prompt, taken in turns within one process; ratios of medians count. Of several
+rows every other one is shorter, and the graph that serves any number of them stands beside one that is made for this
+number alone ("fixed"). Run it twice: the second time graphs are loaded (``SPECDEC_CACHE`` names another folder for
+them). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -22,6 +26,7 @@ from measure_swift import deep_llama
 from specdec.build import build_drafter, build_verifier
 from specdec.decoding import Step
 from specdec.generation import attach, speculation_of
+from specdec.graphs import passes, tracing
 from specdec.interfaces import DecodeState
 from specdec.loading import demo_target
 from specdec.tree import TokenTree, chain
@@ -29,52 +34,56 @@ from specdec.tree import TokenTree, chain
 console = Console()
 
 
-def begun(model: Any, context: int) -> DecodeState:
-    """A request behind a random prompt; its cache outlives it."""
+def begun(model: Any, rows: int, context: int) -> DecodeState:
+    """A request behind random prompts; its cache outlives it."""
     states: list[DecodeState] = []
 
     def keep(state: DecodeState, _: Step) -> None:
         states.append(state)
 
     speculation_of(model).observers.append(keep)
-    ids = torch.randint(3, model.config.vocab_size, (1, context))
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, eos_token_id=None)
+    ids = torch.randint(3, model.config.vocab_size, (rows, context))
+    mask = torch.ones_like(ids)
+    mask[1::2, : context // 8] = 0
+    options = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(input_ids=ids, attention_mask=mask, **options)
     speculation_of(model).observers.clear()
     return states[-1]
 
 
-def measure(model: Any, sizes: list[int], context: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of an ordinary pass and of a graph's for each number of nodes, medians."""
-    rows = []
-    for nodes in sizes:
-        attach(model, build_drafter("none"), build_verifier("tree_attention"), console.print)
-        target = speculation_of(model).target
+def measure(model: Any, rows: int, nodes: int, context: int, repeats: int) -> dict[str, Any]:
+    """Seconds of an ordinary pass and of graphs' for a number of rows and nodes, medians."""
+    attach(model, build_drafter("none"), build_verifier("tree_attention"), console.print)
+    target = speculation_of(model).target
+    # Within the block of "fixed" no number of rows is shared.
+    most = {"ordinary": 0, "graph": tracing.MOST_ROWS} | ({"fixed": 1} if rows > 1 else {})
+    graphs: dict[str, passes.GraphPasses | None] = {"ordinary": None}
+    for kind in list(most)[1:]:
         target.use_graphs(nodes, console.print)
-        graphs, state = target.graphs, begun(model, context)
-        assert graphs is not None
-        assert state.context is not None
-        state.context.budgets = [nodes + 1]
-        tree = TokenTree(torch.randint(3, model.config.vocab_size, (1, nodes)), chain(nodes))
-        seconds: dict[str, list[float]] = {"ordinary": [], "graph": []}
-        logits = {}
-        start = time.perf_counter()
-        target.run(state.context, tree)
-        first = time.perf_counter() - start
-        for turn in range(2 * repeats):
-            kind = ("ordinary", "graph")[turn % 2]
-            target.graphs = graphs if kind == "graph" else None
-            start = time.perf_counter()
-            logits[kind] = target.run(state.context, tree).logits
-            seconds[kind].append(time.perf_counter() - start)
-        medians = {f"{kind}_s": statistics.median(values[2:]) for kind, values in seconds.items()}
-        row: dict[str, Any] = {"nodes": nodes, **medians, "first_s": first}
-        row |= {"ratio": medians["ordinary_s"] / medians["graph_s"]}
-        row |= {"max_difference": float((logits["ordinary"].float() - logits["graph"].float()).abs().max())}
-        row |= {"failures": list(graphs.failures.values())}
-        console.print(row)
-        rows.append(row)
-        specdec.restore(model)
-    return rows
+        graphs[kind] = target.graphs
+    state = begun(model, rows, context)
+    assert state.context is not None
+    state.context.budgets = [nodes + 1] * rows
+    tree = TokenTree(torch.randint(3, model.config.vocab_size, (rows, nodes)), chain(nodes))
+    seconds: dict[str, list[float]] = {kind: [] for kind in graphs}
+    logits, kinds = {}, list(graphs)
+    for turn in range(repeats):
+        for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
+            target.graphs = graphs[kind]
+            with mock.patch.object(passes, "MOST_ROWS", most[kind]):
+                start = time.perf_counter()
+                logits[kind] = target.run(state.context, tree).logits
+                seconds[kind].append(time.perf_counter() - start)
+    specdec.restore(model)
+    medians = {f"{kind}_s": statistics.median(values[1:]) for kind, values in seconds.items()}
+    row: dict[str, Any] = {"rows": rows, "nodes": nodes, **medians, "first_s": seconds["graph"][0]}
+    row["ratio"] = medians["ordinary_s"] / medians["graph_s"]
+    if "fixed" in graphs:
+        row["to_fixed"] = medians["graph_s"] / medians["fixed_s"]
+    row["max_difference"] = float((logits["ordinary"].float() - logits["graph"].float()).abs().max())
+    row["failures"] = [text for some in graphs.values() if some is not None for text in some.failures.values()]
+    console.print(row)
+    return row
 
 
 def main() -> None:
@@ -84,12 +93,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16, 25, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = demo_target(options.dtype).model if options.model == "demo" else deep_llama()
-    found = measure(model, options.nodes, options.context, options.repeats)
+    cases = [(rows, nodes) for rows in options.rows for nodes in options.nodes]
+    found = [measure(model, *case, options.context, options.repeats) for case in cases]
     console.print(json.dumps({"options": vars(options), "torch": torch.__version__, "passes": found}))
 
 

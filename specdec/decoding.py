@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.interfaces import DecodeState, Drafter, History, Prefill, Verification, Verifier
+from specdec.interfaces import DecodeState, Drafter, History, Needs, Prefill, Verification, Verifier
 from specdec.metrics import SpeculationStats
 from specdec.sampling import Policy
 from specdec.target import PassOutput, Target
@@ -71,7 +71,7 @@ def decode(
         stats.record(step)
     yield state, Step(step, None, prompt)
     with stats.phase("prefill"):
-        _open(target, state, request, outputs, drafter.needs.max_nodes)
+        _open(target, state, request, outputs, drafter.needs)
     if state.done:
         return
     assert state.context is not None
@@ -117,13 +117,15 @@ def _commit(state: DecodeState, step: Verification) -> None:
     state.root = upload(newest, state.root.device)
 
 
-def _open(target: Target, state: DecodeState, request: Request, outputs: Any, max_nodes: int) -> None:
+def _open(target: Target, state: DecodeState, request: Request, outputs: Any, needs: Needs) -> None:
     if state.done and not request.keep_cache:
         return
     ids = torch.cat([request.input_ids, state.root.to(request.input_ids.device)[:, None]], dim=1)
-    reserve = min(request.policy.max_new_tokens, 512) + max_nodes
+    reserve = min(request.policy.max_new_tokens, 512) + needs.max_nodes
     state.context = target.open(ids, outputs, request.model_kwargs, reserve, release=not request.keep_cache)
     state.context.budgets = [request.policy.max_new_tokens - count for count in state.emitted]
+    if not state.done:
+        target.load_graphs(state.context, needs.taps)
 
 
 def _for_drafter(target: Target, drafter: Drafter, request: Request, prompt: PassOutput) -> Prefill:

@@ -44,6 +44,11 @@ class Route:
         """Whether nothing is left out."""
         return self == FULL
 
+    @property
+    def skips(self) -> bool:
+        """Whether parts of layers are left out."""
+        return bool(self.skip_attention or self.skip_mlp)
+
 
 FULL = Route()
 

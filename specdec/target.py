@@ -29,7 +29,7 @@ from specdec.interfaces import Context, Needs, Tap
 from specdec.routing import FULL, Route, Router
 from specdec.selection import top_k
 from specdec.transfer import upload
-from specdec.tree import TokenTree
+from specdec.tree import TokenTree, from_host
 from specdec.visibility import AttentionKinds, attention_masks, packed_masks
 
 _HEAD_CHUNK = 256  # prompt positions per pass of the head: bounds the vocabulary-sized intermediate
@@ -226,6 +226,28 @@ class Target:
             None if self.attention is None else self.attention.implementation,
             sizes,
         )
+
+    def load_graphs(self, context: Context, taps: Sequence[Tap] = ()) -> None:
+        """Load the graphs that lie on disk for the full passes of a request; others are made when a pass needs them.
+
+        Args:
+            context: the request.
+            taps: states that its passes will record.
+        """
+        if self.graphs is not None:
+            with self._attending():
+                self.graphs.load(context, taps)
+
+    def make_graphs(self, context: Context, taps: Sequence[Tap] = ()) -> None:
+        """Run a full pass of every size that graphs are made for, so that no later one has to make any.
+
+        Args:
+            context: a request under way; nothing is committed to it.
+            taps: states that its passes will record.
+        """
+        for size in () if self.graphs is None else self.graphs.buckets:
+            ids = torch.zeros(len(context.lengths), size, dtype=torch.int64, device=self.device)
+            self.run(context, TokenTree(ids, from_host([[0] * size], self.device)), taps=taps)
 
     def _as_graph(
         self,

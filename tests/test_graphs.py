@@ -317,6 +317,7 @@ def test_a_key_tells_passes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [
         PassShape(1, 8, route()),
         PassShape(2, 8, route()),
+        PassShape(None, 8, route()),
         PassShape(1, 9, route()),
         PassShape(1, 8, route(hi=1)),
     ]

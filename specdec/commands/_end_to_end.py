@@ -108,7 +108,7 @@ class _Methods:
     """
 
     def __init__(self, config: DictConfig, session: Session, options: TextOptions) -> None:
-        self.session = session
+        self.session, self.batch_size = session, options.batch_size
         model, eos = session.model, session.loaded.eos_ids
         other = Session(OmegaConf.merge(config, {"dtype": options.baseline_dtype}))  # type: ignore[arg-type]
         other.without_processors()
@@ -143,9 +143,11 @@ class _Methods:
         modes = {key: given[key] for key in _MODES if key in given and _is_mode(key, given[key])}
         rest = {key: value for key, value in given.items() if key not in (*_NAMES, *modes)}
         ids = self.session.loaded.encode("one two three one two three")
+        batches = [ids.repeat(rows, 1) for rows in sorted({min(self.batch_size), max(self.batch_size)})]
         with listening(self.session.model) as refusals:
             method = self._speculating(str(given.get("label", name)), load("drafter", name, rest), modes)
-            method.generate(Batch(ids, torch.ones_like(ids)), {"max_new_tokens": 8, "do_sample": False})
+            for some in batches:  # a single row has graphs of its own
+                method.warm_up(Batch(some, torch.ones_like(some)), {"max_new_tokens": 8, "do_sample": False})
         if refusals:
             self.left_out[method.name] = refusals[0]
         if method.stateful:

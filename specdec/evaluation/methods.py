@@ -27,9 +27,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specdec.decoding import Step
 from specdec.evaluation.records import COLD, PREFILL, STATELESS, TARGET, StepTrace
 from specdec.evaluation.trace import Tracer
 from specdec.generation import Speculation, using
+from specdec.interfaces import DecodeState
 from specdec.metrics import emitted
 
 
@@ -81,6 +83,15 @@ class Method(Protocol):
     state: str
     lossless: bool
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its passes run as graphs, which may have to be made in the middle of a call."""
+        ...
+
+    def warm_up(self, batch: Batch, options: dict[str, Any]) -> None:
+        """Answer a batch for nobody, and make the graphs that other batches of as many rows will need."""
+        ...
+
     def generate(self, batch: Batch, options: dict[str, Any]) -> list[Measured]:
         """Answer a batch; ``options`` are keyword arguments of ``generate``."""
         ...
@@ -127,6 +138,23 @@ class Speculating:
     def stateful(self) -> bool:
         """Whether it has something to forget; known after a first call."""
         return bool(self.handle.drafter.state_dict())
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the target's passes run as graphs; those of a draft model follow them."""
+        return self.handle.target.graphs is not None
+
+    def warm_up(self, batch: Batch, options: dict[str, Any]) -> None:
+        """Speculate for nobody, with a pass of every size on the way."""
+        self.handle.observers = [self._make_graphs]
+        try:
+            _timed(self.model, using(self.model, self.handle), batch, options, self.eos_ids)
+        finally:
+            self.handle.observers = []
+
+    def _make_graphs(self, state: DecodeState, step: Step) -> None:  # noqa: ARG002 - the observer's signature
+        if state.context is not None and self.handle.last.passes == 1:
+            self.handle.target.make_graphs(state.context, self.handle.drafter.needs.taps)
 
     def generate(self, batch: Batch, options: dict[str, Any]) -> list[Measured]:
         """Speculate; observers are in place before the clock starts."""
@@ -176,12 +204,17 @@ class Transformers:
 
     state = STATELESS
     lossless = True
+    compiled = False
 
     def __init__(self, model: Any, eos_ids: Collection[int], kind: str, extra: dict[str, Any] | None = None) -> None:
         self.name = self.kind = kind
         self.model, self.eos_ids, self.extra = model, eos_ids, extra or {}
         assistant = self.extra.get("assistant_model")
         self._assistant_config = None if assistant is None else copy.deepcopy(assistant.generation_config)
+
+    def warm_up(self, batch: Batch, options: dict[str, Any]) -> None:
+        """Call transformers for nobody."""
+        self.generate(batch, options)
 
     def generate(self, batch: Batch, options: dict[str, Any]) -> list[Measured]:
         """Call transformers."""

@@ -3,11 +3,13 @@
 Order of things, outermost first: settings (temperature, batch size), groups of questions (a batch, all of one
 category), repeats, turns, methods. The order of methods moves on by one with every group. All methods get the same
 prompts: what goes into the next turn is the answer of the first method (the plain loop where it is measured). Nothing
-but ``generate`` stands between two looks at a clock.
+but ``generate`` stands between two looks at a clock, and no graph is compiled or loaded there: warming up makes what
+batches of this size and single rows need, and a call that made another one all the same is asked again.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
 import uuid
@@ -26,6 +28,7 @@ from specdec.evaluation.progress import Progress
 from specdec.evaluation.records import WARM, Answer, Choice, StepTrace, Variant
 from specdec.evaluation.store import RunFolder
 from specdec.evaluation.text import pieces
+from specdec.graphs.passes import as_made, makings
 from specdec.loading import Loaded
 from specdec.metrics import ends_in_loop
 
@@ -192,14 +195,18 @@ class Runner:
         return prompts
 
     def _warm_up(self, setting: Setting, methods: Sequence[Method], groups: Sequence[Sequence[Question]]) -> None:
-        """Untimed calls; the first passes of a process pay for its allocations, and a wrong option shows here."""
+        """Untimed calls; the first passes of a process pay for its allocations and for graphs, and a wrong option shows
+        here. A single row, which some group may come down to, has graphs of its own.
+        """
         prompts = self._prompts(groups)[: setting.batch_size]
+        counts = dict.fromkeys((len(prompts), 1))
         options = self.plan.arguments(setting)
         options["max_new_tokens"] = min(options["max_new_tokens"], _WARM_UP_TOKENS)
         for method in methods if prompts else ():
             try:
-                for _ in range(self.plan.warmup):
-                    method.generate(Batch.of(prompts, self._pad), options)
+                for rows in itertools.islice(counts, 2 if method.compiled else 1):
+                    for _ in range(self.plan.warmup):
+                        method.warm_up(Batch.of(prompts[:rows], self._pad), options)
             except (ValueError, NotImplementedError) as error:
                 raise ValueError(f"{method.name} cannot run: {error}") from error
             except Exception as error:  # noqa: BLE001 - a question's own failure is recorded when it is asked
@@ -265,9 +272,9 @@ class Runner:
             method, result = call.methods[number], call.results[number]
             if result.error is not None:
                 continue
-            torch.manual_seed(_seed(self.plan.seed, call.group[next(iter(prompts))], turn))
+            seed = _seed(self.plan.seed, call.group[next(iter(prompts))], turn)
             try:
-                texts = method.generate(batch, options)
+                texts = self._undisturbed(method, batch, options, seed)
             except Exception:  # noqa: BLE001 - whatever it is, it is recorded and counts for nobody
                 result.error = traceback.format_exc()
                 if call.before[number]:
@@ -276,6 +283,19 @@ class Runner:
             for index, text in zip(prompts, texts, strict=True):
                 self._note(call, result, index, (turn, repeat), text)
         return any(result.error is None for result in call.results)
+
+    def _undisturbed(self, method: Method, batch: Batch, options: dict[str, Any], seed: int) -> list[Measured]:
+        """The texts of a call in which no graph was made; where one was, the call is undone and asked again."""
+        learnt, before = method.state_dict() if method.compiled else {}, makings()
+        torch.manual_seed(seed)
+        texts = method.generate(batch, options)
+        if makings() == before:
+            return texts
+        if learnt:
+            method.load_state_dict(learnt)
+        torch.manual_seed(seed)
+        with as_made():
+            return method.generate(batch, options)
 
     def _note(self, call: _Call, result: _Results, index: int, place: tuple[int, int], text: Measured) -> None:
         (turn, repeat), answer = place, result.answers[index]

@@ -24,7 +24,7 @@ class PassShape:
     """Passes that share a graph.
 
     Attributes:
-        batch: B.
+        batch: B; None = any number of rows from 2 to ``tracing.MOST_ROWS``, a symbol of the graph.
         nodes: M.
         route: what part of the model runs; states enter where ``route.lo > 0``.
         taps: states that it returns.
@@ -34,7 +34,7 @@ class PassShape:
         autocast: to which torch casts on the way; None = it does not.
     """
 
-    batch: int
+    batch: int | None
     nodes: int
     route: Route
     taps: tuple[Tap, ...] = ()
@@ -49,7 +49,8 @@ class PassShape:
         return self.route.lo > 0
 
     def __str__(self) -> str:
-        route, parts = self.route, f"{self.nodes} nodes x {self.batch} rows"
+        route = self.route
+        parts = f"{self.nodes} nodes x {'any number of' if self.batch is None else self.batch} rows"
         if route.hi is not None:
             parts += f", layers {route.lo} to {route.hi}"
         elif route.lo:
@@ -79,19 +80,22 @@ class Buffers:
     """
 
     def __init__(self, shape: PassShape, cache: TreeCache, kinds: list[str], like: Tensor, hidden: int) -> None:
+        batch = cache.layers[0].keys.shape[0]  # of this request, a number also where the graph has a symbol
+        assert shape.batch in (batch, None), f"a graph for {shape.batch} rows, a request of {batch}"
+
         def ints() -> Tensor:
-            return torch.zeros(shape.batch, shape.nodes, dtype=torch.int64, device=like.device)
+            return torch.zeros(batch, shape.nodes, dtype=torch.int64, device=like.device)
 
         self.token_ids, self.positions, self.slots = ints(), ints(), ints()
         self.low = torch.finfo(like.dtype).min
-        size = (shape.batch, 1, shape.nodes)
+        size = (batch, 1, shape.nodes)
         if shape.words:
             empty = torch.zeros(*size, 3 + shape.words, dtype=torch.int64, device=like.device)
         else:
             empty = torch.full((*size, cache.capacity), self.low, dtype=like.dtype, device=like.device)
         self.masks = {kind: empty.clone() for kind in kinds}
         self.packed = shape.words > 0
-        self.states = like.new_zeros(shape.batch, shape.nodes, hidden) if hidden else None
+        self.states = like.new_zeros(batch, shape.nodes, hidden) if hidden else None
         self.slabs = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         self._extent = torch.zeros(cache.capacity, dtype=torch.int8, device=like.device)
         self.usable = cache.usable

@@ -1,8 +1,10 @@
-"""Passes of a target as graphs: one per batch size, bucket of nodes, route and taps, made when such passes recur.
+"""Passes of a target as graphs: one per bucket of nodes, route and taps, made when such passes recur.
 
 A pass over a small model is bound by the dispatch of its operations, which a graph does not pay. What makes a graph
 worth its making is that its shapes recur: passes are padded to a bucket, inputs lie in buffers that are written in
-place, and the numbers of slots are symbols, so that a growing text makes nothing anew.
+place, and the numbers of slots and of rows are symbols, so that neither a growing text nor another batch size makes
+anything anew. Only a single row, the common case, has graphs of its own. So has every number of rows beyond
+``MOST_ROWS``, and every one of a model whose code asks for the number, as Llama 4's does.
 
 Two things can be done with the traced pass, alone or together: compile it (``compiler``, CPU and CUDA, kept on disk by
 ``graphs.store``), and capture it over fixed buffers (``capture``, a CUDA graph per bucket).
@@ -14,7 +16,9 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +29,7 @@ from specdec.graphs.buffers import Buffers, PassShape
 from specdec.graphs.constants import Weights
 from specdec.graphs.state import attention_key, condition, foreign_hook
 from specdec.graphs.store import Graph, Store, identity
-from specdec.graphs.tracing import PassModule, trace, unpack
+from specdec.graphs.tracing import MOST_ROWS, PassModule, trace, unpack
 from specdec.interfaces import Context, Tap
 from specdec.routing import FULL, Route, Router
 from specdec.visibility import AttentionKinds
@@ -33,7 +37,7 @@ from specdec.visibility import AttentionKinds
 _SIZES = (8, 32, 128)  # buckets between a single node and the largest tree, where they are at most half of it
 _UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}  # of a template
 RECURS = 16  # passes of a route other than the full one before it gets a graph: a search tries many only once
-_MOST_GRAPHS = 32
+_MOST_SEARCHED = 32  # graphs of routes with skipped parts; of the others there are few by themselves
 
 
 class Compiler(Protocol):
@@ -52,17 +56,40 @@ Capture = Callable[[Run], Run]
 """Given a function over fixed buffers, one that repeats its operations on what the buffers hold by then."""
 
 
+class _RowsAreFixed(Exception):
+    """The model's forward cannot be traced with the number of rows as a symbol."""
+
+
 class _Made:
     """The graphs of one model, and by what to tell that it has changed since."""
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[PassShape, int], Graph] = {}
+        self.fixed = set[Route]()  # whose graphs are for one number of rows each
+        self.looked_for = set[tuple[PassShape, int]]()  # on disk, before a request needed them
         self.state: Any = None
         self.store: Store | None = None
 
 
 # Whoever speculates with a model, its passes are the same.
 _MADE: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
+_MAKINGS = Counter[str]()
+_AS_MADE: ContextVar[bool] = ContextVar("specdec_graphs_as_made", default=False)
+
+
+def makings() -> int:
+    """How many graphs this process has compiled or loaded, of all models: a timed call must not raise it."""
+    return _MAKINGS.total()
+
+
+@contextmanager
+def as_made() -> Iterator[None]:
+    """Within the block no graph is compiled or loaded; passes that have none run as they are."""
+    mark = _AS_MADE.set(True)
+    try:
+        yield
+    finally:
+        _AS_MADE.reset(mark)
 
 
 class GraphPasses:
@@ -144,7 +171,7 @@ class GraphPasses:
         own = () if states is None else (route.lo,)  # what enters needs no way through the graph
         asked = tuple(tap for tap in dict.fromkeys(taps) if tap not in own)
         bucket = next(size for size in self.buckets if size >= nodes)
-        shape = self._shape(batch, bucket, route, asked, inputs["input_ids"].device.type)
+        shape = self._shape(context, batch, bucket, route, asked)
         if not self._recurs(shape):
             return None
         try:
@@ -153,6 +180,9 @@ class GraphPasses:
             with torch.inference_mode():
                 outputs = self._graph(shape, buffers)(tensors) if self.capture is None else self._replay(shape, run)
                 logits, found = unpack(shape, outputs, nodes)
+        except _RowsAreFixed:
+            self._made.fixed.add(route)
+            return self(context, inputs, route, states, taps)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may throw, ordinary passes go on
             lines = str(error).strip().splitlines() or [""]
             self.failures[route] = f"{type(error).__name__}: {lines[0]}"
@@ -184,20 +214,49 @@ class GraphPasses:
             self._said.add(reason)
             warnings.warn(f"{reason}; {what} of {type(self.model).__name__} run uncompiled", stacklevel=5)
 
-    def _shape(self, batch: int, bucket: int, route: Route, taps: tuple[Tap, ...], device: str) -> PassShape:
+    def load(self, context: Context, taps: Sequence[Tap] = ()) -> None:
+        """Load the graphs that lie on disk for the full passes of a request, so that no step has to wait for them.
+
+        Args:
+            context: the request.
+            taps: states that its passes will return.
+        """
+        if self.compiler is None or FULL in self.failures or _AS_MADE.get():
+            return
+        self._refresh(context)
+        if self._hook is not None or self.model.training:
+            return
+        for bucket in self.buckets:
+            shape = self._shape(context, len(context.lengths), bucket, FULL, tuple(dict.fromkeys(taps)))
+            key = (shape, torch.get_num_threads())
+            if key in self._made.graphs or key in self._made.looked_for:
+                continue
+            self._made.looked_for.add(key)
+            with torch.inference_mode():
+                graph = self._loaded(self._module(shape))
+            if graph is not None:
+                self._made.graphs[key] = graph
+
+    def _shape(self, context: Context, batch: int, bucket: int, route: Route, taps: tuple[Tap, ...]) -> PassShape:
         words = 0 if self.attention is None else -(-self.buckets[-1] // 64)
+        device = context.template["position_ids"].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return PassShape(batch, bucket, route, taps, self._attends, words, self._dtypes, autocast)
+        rows = None if 1 < batch <= MOST_ROWS and route not in self._made.fixed else batch
+        return PassShape(rows, bucket, route, taps, self._attends, words, self._dtypes, autocast)
 
     def _recurs(self, shape: PassShape) -> bool:
         """Whether such passes have a graph, or are worth one by now."""
         if (shape, torch.get_num_threads()) in self._made.graphs:
             return True
+        if _AS_MADE.get() and self.compiler is not None:
+            return False
         self._seen[shape] += 1
         if not shape.route.is_full and self._seen[shape] <= RECURS:
             return False
-        if len(self._made.graphs) >= _MOST_GRAPHS:
-            self._say(f"{_MOST_GRAPHS} graphs are made of a model at most", "passes of other shapes")
+        if not shape.route.skips:
+            return True
+        if sum(made.route.skips for made, _ in self._made.graphs) >= _MOST_SEARCHED:
+            self._say(f"{_MOST_SEARCHED} graphs are made of passes with skipped parts at most", "others")
             return False
         return True
 
@@ -216,6 +275,7 @@ class GraphPasses:
         state = condition(self.model)
         if self._made.state != state:
             self._made.graphs.clear()
+            self._made.looked_for.clear()
             self._made.state, self._made.store = state, None
 
     def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> tuple[Buffers, Run | None]:
@@ -232,25 +292,44 @@ class GraphPasses:
         key = (shape, torch.get_num_threads())
         if key in self._made.graphs:
             return self._made.graphs[key]
-        module = PassModule(self.model, self.router, shape, self.kinds if self.by_layer else None)
+        module = self._module(shape)
         if self.compiler is None:
             return lambda tensors: module(*tensors)
-        self._made.graphs[key] = graph = self._compiled(self.compiler, module, buffers)
+        graph = self._loaded(module) or self._compiled(self.compiler, module, buffers)
+        self._made.graphs[key] = graph
+        return graph
+
+    def _module(self, shape: PassShape) -> PassModule:
+        return PassModule(self.model, self.router, shape, self.kinds if self.by_layer else None)
+
+    def _loaded(self, module: PassModule) -> Graph | None:
+        start, graph = time.perf_counter(), self._store(module).load(module.shape)
+        if graph is not None:
+            _MAKINGS["loaded"] += 1
+            self.announce(f"loaded {self._what(module.shape)} in {time.perf_counter() - start:.1f} s")
         return graph
 
     def _compiled(self, compiler: Compiler, module: PassModule, buffers: Buffers) -> Graph:
-        shape = module.shape
+        shape, start = module.shape, time.perf_counter()
+        _MAKINGS["compiled"] += 1
+        self.announce(f"compiling {self._what(shape)} ...")
+        try:
+            program = trace(module, buffers)
+        except Exception as error:
+            if shape.batch is None:
+                raise _RowsAreFixed from error
+            raise
+        graph = compiler(program, shape, self._store(module))
+        self.announce(f"compiled {self._what(shape)} in {time.perf_counter() - start:.0f} s")
+        return graph
+
+    def _store(self, module: PassModule) -> Store:
         if self._made.store is None:
             self._made.store = Store(identity(self.model, module.kinds), Weights(module))
-        store, what, start = self._made.store, f"{type(self.model).__name__} for {shape}", time.perf_counter()
-        graph = store.load(shape)
-        if graph is not None:
-            self.announce(f"loaded {what} in {time.perf_counter() - start:.1f} s")
-            return graph
-        self.announce(f"compiling {what} ...")
-        graph = compiler(trace(module, buffers), shape, store)
-        self.announce(f"compiled {what} in {time.perf_counter() - start:.0f} s")
-        return graph
+        return self._made.store
+
+    def _what(self, shape: PassShape) -> str:
+        return f"{type(self.model).__name__} for {shape}"
 
     def _replay(self, shape: PassShape, run: Run | None) -> list[Tensor]:
         """Capture what has not been, replay what has; the outputs are copies, since a replay writes over its own."""

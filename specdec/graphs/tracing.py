@@ -5,7 +5,8 @@ The model's own forward is traced by ``torch.export`` under the same patches and
 soft-caps, scalings and whatever else lies between decoder and logits is in it.
 
 Shapes: B rows, M nodes, K slots seen, C slots allocated, H hidden size, V vocabulary. K and C are symbols of the
-graph, so that a growing text, and slabs that grow with it, need no other one.
+graph, so that a growing text, and slabs that grow with it, need no other one. So is B where there are several rows; a
+single row has a graph of its own, which is the quicker for knowing it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from specdec.routing import Router
 
 MODEL = "model"  # under which name the traced module holds the model
 _MOST_SLOTS = 1 << 20
+MOST_ROWS = 256  # what a GPU's kernel cannot count in 32 bits under these bounds it counts in 64
 
 
 class TracedLayer(CacheLayerMixin):
@@ -114,10 +116,12 @@ def trace(module: PassModule, buffers: Buffers) -> torch.export.ExportedProgram:
     """
     capacity = torch.export.Dim("capacity", min=3, max=_MOST_SLOTS)
     seen = torch.export.Dim("seen", min=2, max=_MOST_SLOTS - 1)
+    rows = {0: torch.export.Dim("rows", min=2, max=MOST_ROWS)} if module.shape.batch is None else {}
     masks, slabs = len(buffers.masks), 2 * len(buffers.slabs[0])
     entering = 0 if buffers.states is None else 1
-    sizes: list[dict[int, Any]] = [{}, {}, {}, {0: seen}]
-    sizes += [{} if buffers.packed else {3: capacity}] * masks + [{}] * entering + [{2: capacity}] * slabs
+    sizes: list[dict[int, Any]] = [rows, rows, rows, {0: seen}]
+    sizes += [rows if buffers.packed else rows | {3: capacity}] * masks + [rows] * entering
+    sizes += [rows | {2: capacity}] * slabs
     # Any two different sizes: they become the symbols K and C.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the tracer's own deprecations
