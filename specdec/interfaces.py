@@ -333,9 +333,12 @@ class Lesson(Protocol):
 
     Attributes:
         taps: states of the frozen target to learn from.
+        ahead: how far ahead of a position the tokens are that its losses are about. A loss is a mean over the positions
+            whose token so far ahead is wanted; these are counted over all batches of a step before it begins.
     """
 
     taps: tuple[Tap, ...]
+    ahead: tuple[int, ...]
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor, states: Mapping[Tap, Tensor]

@@ -131,14 +131,15 @@ def test_losses_of_parts_are_the_loss_of_the_whole() -> None:
     assert counts[1].min() > 0
     lesson.zero_grad()
     losses = []
-    with objectives.over_processes(lambda _: counts.mean(0)):
+    with objectives.of_step(dict(zip(lesson.ahead, counts.mean(0), strict=True))):
         for half in halves:
             losses.append(lesson(**half)["loss"] / 2)
             losses[-1].backward()
     assert float(torch.stack(losses).sum().detach()) == pytest.approx(float(whole["loss"].detach()), rel=1e-6)
     for parameter, gradient in zip(lesson.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-    assert float(lesson(**halves[1])["loss"].detach()) == pytest.approx(float(losses[1].detach())), "none of it outside"
+    alone = lesson(**halves[1])["loss"].detach()
+    assert float(alone) == pytest.approx(float(losses[1].detach())), "a batch is a step of its own otherwise"
 
 
 def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
@@ -199,7 +200,7 @@ def curve(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started, gone on with and refused, by torchrun; against one process with twice the batch."""
+    """Started, gone on with and refused, by torchrun, in batches of one; against one process with batches of four."""
     monkeypatch.setattr(sys, "argv", ["specdec"])
     monkeypatch.chdir(tmp_path)
     write_chats(tmp_path / "chats.jsonl")
@@ -207,7 +208,10 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ["train", *TRAIN, "data.path=chats.jsonl", "output=one", "trainer.per_device_train_batch_size=4",
          "trainer.max_steps=4", "trainer.per_device_eval_batch_size=4"]
     )  # fmt: skip
-    small = ("trainer.per_device_train_batch_size=2", "trainer.per_device_eval_batch_size=4")
+    small = (
+        "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
+        "trainer.per_device_eval_batch_size=4",
+    )  # fmt: skip
     cached = ("features.mode=cached", "features.path=states", "features.shard_mb=0.1")
     begun = launch(tmp_path, *small, *cached, "trainer.max_steps=2")
     assert begun.returncode == 0, begun.stderr

@@ -28,9 +28,9 @@ from torch.utils.data import default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from specdec.target import Target
-from specdec.training import objectives
 from specdec.training.callbacks import AtCheckpoints
 from specdec.training.features import Frozen
+from specdec.training.objectives import of_step, wanted_ahead
 from specdec.training.scores import Even, Scores
 
 STATE = "trainer_state.json"
@@ -163,12 +163,29 @@ class DrafterTrainer(Trainer):
         if _recomputes(arguments):
             _let_recompute(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
-        # A lesson's loss is a mean over its batch, so accumulated ones are to be divided.
+        # A lesson's loss is its batch's part of a mean over batches, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
         self.frozen, self.scores = frozen, Scores()
         self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
         self._best: int | None = None  # the step whose weights were taken up at the end
         self._extras: dict[str, list[Tensor]] = {}
+        self._ahead: tuple[int, ...] = tuple(lesson.ahead)
+        self._positions: dict[int, Tensor] = {}
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """The batches of a step, whose wanted tokens are counted before the first of them is learnt from."""
+        batches, items = super().get_batch_samples(*args, **options)
+        self._positions = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
+        return batches, items
+
+    def _average(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
+        """Steps ahead -> wanted positions of a batch of this step: the mean over its batches of all processes."""
+        counts = [
+            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._ahead])
+            for batch in batches
+        ]
+        total = self.accelerator.reduce(torch.stack(counts).sum(0).to(self.args.device), "sum")
+        return dict(zip(self._ahead, total / (len(batches) * self.args.world_size), strict=True))
 
     def compute_loss(
         self,
@@ -183,9 +200,7 @@ class DrafterTrainer(Trainer):
         if states is None:
             made = self.frozen(inputs["token_ids"], inputs["positions"])
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
-        several = model.training and self.args.world_size > 1
-        mean = partial(self.accelerator.reduce, reduction="mean")
-        with objectives.over_processes(mean) if several else nullcontext():
+        with of_step(self._positions) if model.training and self._positions else nullcontext():
             outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
