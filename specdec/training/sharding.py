@@ -1,0 +1,116 @@
+"""Training that is cut up over processes: FSDP of torch (``fully_shard``) and DeepSpeed's ZeRO.
+
+The Trainer cuts up the lesson: its weights, their gradients and moments. What is added here: the layers of the frozen
+target are cut up too under FSDP, weights are put together where a drafter is saved, and what cannot be is refused
+before anything is written. The target's embedding and output head stay whole, because lessons use them by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from specdec import identity
+from specdec.target import Target
+
+FSDP, ZERO_3 = "FSDP", "ZeRO-3"
+
+
+def kind(arguments: TrainingArguments) -> str | None:
+    """What cuts up the lesson's weights, ``FSDP`` or ``ZeRO-3``, by option or by launcher; None where they are whole."""
+    if arguments.fsdp or _environment("ACCELERATE_USE_FSDP"):
+        return FSDP
+    stage = getattr(getattr(arguments, "deepspeed_plugin", None), "zero_stage", 0)
+    return ZERO_3 if stage == 3 or _environment("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else None
+
+
+def check(arguments: TrainingArguments) -> None:
+    """Raise ValueError where the processes or their devices do not serve what is asked for."""
+    if kind(arguments) != FSDP:
+        return
+    if arguments.world_size < 2:
+        raise ValueError(
+            "trainer.fsdp cuts a drafter up over several processes, and this is one; expected torchrun "
+            "--nproc-per-node N, or trainer.fsdp left out"
+        )
+    version = getattr(arguments, "fsdp_config", None) or {}
+    if int(version.get("version", 2) if arguments.fsdp else os.environ.get("FSDP_VERSION", "1")) != 2:
+        raise ValueError("FSDP of version 1 leaves no weights to save a drafter from; expected version 2 (fully_shard)")
+    accelerators = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+    if arguments.use_cpu and accelerators:
+        raise ValueError(
+            "FSDP cuts up over this machine's accelerators; expected a target on one, not target.device=cpu"
+        )
+
+
+def check_lesson(arguments: TrainingArguments, lesson: Any, target: Target) -> None:
+    """Hold a lesson to what cuts it up.
+
+    Raises:
+        ValueError: weights that the target's model uses by itself would be cut up behind its back.
+    """
+    wanted, learning = kind(arguments), {id(parameter) for parameter in lesson.parameters()}
+    if wanted is not None and any(id(parameter) in learning for parameter in target.model.parameters()):
+        raise ValueError(
+            f"{wanted} cuts up what a lesson holds, and this one learns through the target, whose layers would not find "
+            "their adapters again; expected plain torchrun (each process trains all adapters) or ZeRO of stage 1 or 2"
+        )
+
+
+def enable_fsdp(accelerator: Any, arguments: TrainingArguments) -> None:
+    """Make an accelerator that was made for FSDP use it, in the precision of training without it."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if accelerator.device.type == "cpu":
+        # Accelerate knows FSDP for GPUs alone and would train on CPUs without it, unsaid. Torch's serves them as well.
+        options = arguments.fsdp_plugin_args
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**({} if options is None else options))
+        accelerator.state.distributed_type = DistributedType.FSDP
+    # Weights and sums in float32 under autocast; accelerate would cut both down to the autocast's dtype.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def shard_target(target: Target) -> None:
+    """Cut up the decoder layers over the processes; each is put together for the time of its own pass.
+
+    From now on passes are the work of all processes together. What is asked of the weights at other times (the
+    fingerprint, how the head is reached) is answered before.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    identity.remember(target)
+    target.prepare()
+    for layer in target.layers:
+        fully_shard(layer, reshard_after_forward=True)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's weights are whole, on every process; all of them enter it together.
+
+    Args:
+        model: cut up by FSDP or ZeRO-3, or as it was.
+    """
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    with ExitStack() as stack:
+        for part in parts:
+            part.unshard()
+            stack.callback(part.reshard)
+        if cut:
+            from deepspeed.zero import GatheredParameters
+
+            stack.enter_context(GatheredParameters(cut))
+        yield
+
+
+def _environment(name: str) -> str:
+    """What ``accelerate launch`` has set; empty where it has not."""
+    value = os.environ.get(name, "").lower()
+    return "" if value in ("0", "false", "no") else value
