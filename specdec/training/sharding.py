@@ -23,7 +23,7 @@ FSDP, ZERO_3 = "FSDP", "ZeRO-3"
 
 
 def kind(arguments: TrainingArguments) -> str | None:
-    """What cuts up the lesson's weights, ``FSDP`` or ``ZeRO-3``, by option or by launcher; None where they are whole."""
+    """What cuts up a lesson's weights, ``FSDP`` or ``ZeRO-3``, by option or launcher; None where they are whole."""
     if arguments.fsdp or _environment("ACCELERATE_USE_FSDP"):
         return FSDP
     stage = getattr(getattr(arguments, "deepspeed_plugin", None), "zero_stage", 0)
@@ -58,19 +58,21 @@ def check_lesson(arguments: TrainingArguments, lesson: Any, target: Target) -> N
     wanted, learning = kind(arguments), {id(parameter) for parameter in lesson.parameters()}
     if wanted is not None and any(id(parameter) in learning for parameter in target.model.parameters()):
         raise ValueError(
-            f"{wanted} cuts up what a lesson holds, and this one learns through the target, whose layers would not find "
-            "their adapters again; expected plain torchrun (each process trains all adapters) or ZeRO of stage 1 or 2"
+            f"{wanted} cuts up what a lesson holds, and this one learns through the target, whose layers would not "
+            "find their adapters again; expected plain torchrun (each process trains all adapters), or ZeRO-1 or ZeRO-2"
         )
 
 
 def enable_fsdp(accelerator: Any, arguments: TrainingArguments) -> None:
     """Make an accelerator that was made for FSDP use it, in the precision of training without it."""
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if accelerator.device.type == "cpu":
         # Accelerate knows FSDP for GPUs alone and would train on CPUs without it, unsaid. Torch's serves them as well.
         options = arguments.fsdp_plugin_args
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**({} if options is None else options))
+        PartialState().distributed_type = DistributedType.FSDP  # from which every later state takes it
         accelerator.state.distributed_type = DistributedType.FSDP
     # Weights and sums in float32 under autocast; accelerate would cut both down to the autocast's dtype.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None

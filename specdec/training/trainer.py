@@ -169,7 +169,7 @@ class DrafterTrainer(Trainer):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block the lesson's weights are whole, as saving a drafter needs them; for all processes at once."""
+        """Within the block the lesson's weights are whole, as saving it needs them; for all processes at once."""
         with sharding.whole(self.model):
             yield
 
