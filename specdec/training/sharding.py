@@ -63,19 +63,34 @@ def check_lesson(arguments: TrainingArguments, lesson: Any, target: Target) -> N
         )
 
 
-def enable_fsdp(accelerator: Any, arguments: TrainingArguments) -> None:
-    """Make an accelerator that was made for FSDP use it, in the precision of training without it."""
-    from accelerate import PartialState
+def enable(accelerator: Any, arguments: TrainingArguments) -> None:
+    """Make an accelerator use what its arguments ask for, FSDP in the precision of training without it.
+
+    Accelerate leaves both FSDP and DeepSpeed out on CPUs, unsaid; they work there as well.
+    """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    if accelerator.device.type == "cpu":
-        # Accelerate knows FSDP for GPUs alone and would train on CPUs without it, unsaid. Torch's serves them as well.
-        options = arguments.fsdp_plugin_args
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**({} if options is None else options))
-        PartialState().distributed_type = DistributedType.FSDP  # from which every later state takes it
-        accelerator.state.distributed_type = DistributedType.FSDP
-    # Weights and sums in float32 under autocast; accelerate would cut both down to the autocast's dtype.
-    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    on_cpu, state = accelerator.device.type == "cpu", accelerator.state
+    if kind(arguments) == FSDP:
+        if on_cpu:
+            options = arguments.fsdp_plugin_args
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**({} if options is None else options))
+            _set_type(state, DistributedType.FSDP)
+        # Weights and sums in float32 under autocast; accelerate would cut both down to the autocast's dtype.
+        state.fsdp_plugin.mixed_precision_policy = None
+    elif on_cpu and arguments.deepspeed_plugin is not None:
+        plugin = arguments.deepspeed_plugin
+        _set_type(state, DistributedType.DEEPSPEED)
+        plugin.set_mixed_precision(state.mixed_precision)
+        plugin.select(_from_accelerator_state=True)
+        state.deepspeed_plugins = {"default": plugin}
+
+
+def _set_type(state: Any, kind: Any) -> None:
+    from accelerate import PartialState
+
+    PartialState().distributed_type = kind  # from which every later state takes it
+    state.distributed_type = kind
 
 
 def shard_target(target: Target) -> None:

@@ -162,10 +162,11 @@ class DrafterTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, and FSDP on what it leaves out; the frozen layers are then cut up, too."""
         super().create_accelerator_and_postprocess()
-        if sharding.kind(self.args) == sharding.FSDP:
-            sharding.enable_fsdp(self.accelerator, self.args)
+        sharding.enable(self.accelerator, self.args)
+        self.is_fsdp_enabled = sharding.kind(self.args) == sharding.FSDP
+        self.is_deepspeed_enabled = self.args.deepspeed_plugin is not None
+        if self.is_fsdp_enabled:
             sharding.shard_target(self.frozen.target)
-            self.is_fsdp_enabled = True
 
     @contextmanager
     def whole(self) -> Iterator[None]:
