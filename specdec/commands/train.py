@@ -159,6 +159,7 @@ def _prepared(
     check_features(settings["features"], frozen)
     texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
+    resolved["drafter"] = {**settings["drafter"], **getattr(drafter, "sizes", {})}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
     return pupil, frozen, texts, arguments, Run(folder, None, said, console)
 

@@ -7,8 +7,10 @@ before anything is written. The target's embedding and output head stay whole, b
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +22,25 @@ from specdec import identity
 from specdec.target import Target
 
 FSDP, ZERO_3 = "FSDP", "ZeRO-3"
+# What DeepSpeed is to take from the Trainer's own options.
+_AUTO = {
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
+    **dict.fromkeys(("bf16", "fp16"), {"enabled": "auto"}),
+}
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of FSDP and DeepSpeed among the Trainer's, with what they leave open; not where they name a file."""
+    made: dict[str, Any] = {}
+    config, zero = options.get("fsdp_config") or {}, options.get("deepspeed")
+    if options.get("fsdp") and isinstance(config, Mapping):
+        made["fsdp_config"] = {"version": 2} | copy.deepcopy(dict(config))
+    if isinstance(zero, Mapping):
+        made["deepspeed"] = copy.deepcopy(_AUTO) | copy.deepcopy(dict(zero))
+        stage = made["deepspeed"].setdefault("zero_optimization", {})
+        if stage.get("stage") == 3:
+            stage.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # else checkpoints lack whole weights
+    return made
 
 
 def kind(arguments: TrainingArguments) -> str | None:
@@ -120,10 +141,14 @@ def whole(model: nn.Module) -> Iterator[None]:
         for part in parts:
             part.unshard()
             stack.callback(part.reshard)
+        for module in model.modules() if parts else ():
+            # FSDP cuts up again whatever is asked for its state.
+            stack.callback(setattr, module, "_state_dict_pre_hooks", module._state_dict_pre_hooks)
+            module._state_dict_pre_hooks = OrderedDict()
         if cut:
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            stack.enter_context(GatheredParameters(cut))
+            stack.enter_context(deepspeed.zero.GatheredParameters(cut))
         yield
 
 

@@ -95,9 +95,7 @@ def training_arguments(
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
-    if given.get("fsdp"):
-        given["fsdp_config"] = {"version": 2} | (given.get("fsdp_config") or {})
-    arguments = TrainingArguments(**given)
+    arguments = TrainingArguments(**given | sharding.completed(given))
     sharding.check(arguments)
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
