@@ -332,9 +332,7 @@ class Lesson(Protocol):
     """What is minimised while a drafter learns: an ``nn.Module`` that registers the parameters that learn, no others.
 
     Attributes:
-        taps: states of the frozen target to learn from.
-        ahead: how far ahead of a position the tokens are that its losses are about. A loss is a mean over the positions
-            whose token so far ahead is wanted; these are counted over all batches of a step before it begins.
+        taps, ahead: states of the frozen target to learn from; how far ahead of a position its losses' tokens are.
     """
 
     taps: tuple[Tap, ...]
@@ -353,8 +351,7 @@ class Lesson(Protocol):
 
         Returns:
             ``loss``, a scalar to descend; ``hits`` int64 ``[K, R]``, for each of the K depths how often the wanted
-            token was among the draft's best 1..R; ``counted`` int64 ``[K]``, of how many. Anything else is a scalar to
-            be logged.
+            token was among the draft's best 1..R; ``counted`` int64 ``[K]``, of how many. Other scalars are logged.
         """
         ...
 

@@ -129,6 +129,29 @@ class Provenance(AtCheckpoints):
         super().__init__(lambda folder: write_provenance(folder, said, int(folder.name.rpartition("-")[2])), PROVENANCE)
 
 
+class Steps(TrainerCallback):
+    """Tells the lesson how far the training is; sees to it that what is saved has been logged.
+
+    The Trainer forgets the losses that it has summed since it logged last, so a checkpoint between two lines of the
+    loss curve would change the first line after it.
+    """
+
+    def __init__(self, lesson: Any) -> None:
+        self._lesson = lesson
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Before each step of the optimizer."""
+        if hasattr(self._lesson, "progress"):
+            self._lesson.progress = state.global_step / state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
+        """After each step."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
+
+
 def write_provenance(folder: Path, said: Mapping[str, Any], step: int) -> None:
     """Write ``provenance.json``."""
     replace_text(folder / PROVENANCE, json.dumps({**said, "step": step}, indent=1) + "\n")

@@ -135,7 +135,7 @@ def whole(model: nn.Module) -> Iterator[None]:
     Args:
         model: cut up by FSDP or ZeRO-3, or as it was.
     """
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    parts: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     with ExitStack() as stack:
         for part in parts:

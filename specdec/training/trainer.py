@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from specdec.target import Target
 from specdec.training import sharding
-from specdec.training.callbacks import AtCheckpoints
+from specdec.training.callbacks import AtCheckpoints, Steps
 from specdec.training.features import Frozen
 from specdec.training.objectives import of_step, wanted_ahead
 from specdec.training.scores import Even, Scores
@@ -144,7 +144,7 @@ class DrafterTrainer(Trainer):
             data_collator=default_collate,
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[*callbacks, _Steps(lesson)],
+            callbacks=[*callbacks, Steps(lesson)],
         )
         if _recomputes(arguments):
             _let_recompute(lesson, frozen.target)
@@ -361,29 +361,6 @@ def _let_recompute(lesson: Any, target: Target) -> None:
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(target.model, name):
             setattr(lesson, name, partial(enable, name))
-
-
-class _Steps(TrainerCallback):
-    """Tells the lesson how far the training is; sees to it that what is saved has been logged.
-
-    The Trainer forgets the losses that it has summed since it logged last, so a checkpoint between two lines of the
-    loss curve would change the first line after it.
-    """
-
-    def __init__(self, lesson: Any) -> None:
-        self._lesson = lesson
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Before each step of the optimizer."""
-        if hasattr(self._lesson, "progress"):
-            self._lesson.progress = state.global_step / state.max_steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
-        """After each step."""
-        control.should_log = control.should_log or control.should_save
-        return control
-
-    on_epoch_end = on_step_end
 
 
 def last_checkpoint(output: Path) -> Path | None:
