@@ -62,8 +62,8 @@ def scheduled(schedule: str, progress: float) -> float:
 class JointLesson(nn.Module):
     """Medusa-2. Adapters are put into the target's model and stay there; nothing else of it learns.
 
-    Registered are the heads and the adapters, which the model shares. Data-parallel training sees both; training that
-    cuts up the backbone itself (FSDP of the target) is not provided for.
+    Registered are the heads and the adapters, which the model shares. Data-parallel training sees both, ZeRO-1 and
+    ZeRO-2 too; what cuts up weights (FSDP, ZeRO-3) would hide the adapters from the model, and is refused.
 
     Args:
         heads: to be trained, in float32.

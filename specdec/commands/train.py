@@ -4,6 +4,8 @@ One process per device: ``torchrun --nproc-per-node 8 -m specdec.cli train ...``
 writes and speaks; what is refused on one ends all of them. Every checkpoint holds the drafter as it was then, so that
 what a killed run has reached can be used: ``drafter.path=RUN/checkpoint-N/drafter``. (Not where the target learns too,
 which would be saved whole each time: ``resume=true trainer.max_steps=N`` makes a result of its last checkpoint, N.)
+
+Where FSDP or DeepSpeed cut up the weights, all processes put them together whenever a drafter is saved.
 """
 
 from __future__ import annotations
