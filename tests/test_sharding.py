@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import zoo
 from drafters.medusa import Medusa
 from pupils import ResidualLesson, target_of
-from specdec import cli
+from specdec import capabilities, cli
 from specdec.build import build_drafter
 from specdec.identity import fingerprint, remember
 from specdec.loading import demo_target
@@ -63,6 +63,8 @@ def test_what_options_leave_open() -> None:
     made = sharding.completed(given)["deepspeed"]
     assert made["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert (made["gradient_clipping"], made["gradient_accumulation_steps"]) == (2.0, "auto")
+    assert made["bf16"] == made["fp16"] == {"enabled": "auto"}
+    assert made["bf16"] is not made["fp16"], "each is filled in by itself"
     assert given["deepspeed"]["zero_optimization"] == {"stage": 3}, "what the user wrote stays"
 
 
@@ -138,7 +140,9 @@ def check(ours: Path, theirs: Path, name: str) -> None:
     rates = [json.loads((run / "metrics.json").read_text())["acceptance"] for run in (ours, theirs)]
     assert rates[0] == rates[1]
     loaded: Any = build_drafter({"_target_": f"drafters.{name}", "path": str(ours / "drafter")})
-    assert loaded.fit(Target(demo_target("float32", "cpu").model)) is None
+    target = Target(demo_target("float32", "cpu").model)
+    capabilities.check(target)
+    assert loaded.fit(target) is None
 
 
 def test_fsdp_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

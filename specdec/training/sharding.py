@@ -25,7 +25,8 @@ FSDP, ZERO_3 = "FSDP", "ZeRO-3"
 # What DeepSpeed is to take from the Trainer's own options.
 _AUTO = {
     **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
-    **dict.fromkeys(("bf16", "fp16"), {"enabled": "auto"}),
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
 }
 
 
@@ -101,8 +102,8 @@ def enable(accelerator: Any, arguments: TrainingArguments) -> None:
         state.fsdp_plugin.mixed_precision_policy = None
     elif on_cpu and arguments.deepspeed_plugin is not None:
         plugin = arguments.deepspeed_plugin
+        plugin.set_mixed_precision("bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no")
         _set_type(state, DistributedType.DEEPSPEED)
-        plugin.set_mixed_precision(state.mixed_precision)
         plugin.select(_from_accelerator_state=True)
         state.deepspeed_plugins = {"default": plugin}
 
