@@ -222,6 +222,13 @@ class Hydra(BaseDrafter):
             warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
         return None
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Options that the weights decide, as they are."""
+        assert self.heads is not None
+        shape = self.heads.shape
+        return {"arch": arch_of(shape), **{name: getattr(shape, name) for name in self._sizes if name != "arch"}}
+
     def _new_shape(self, target: Target) -> HydraShape:
         """Of new heads: what the options leave open is as published, but for the output layers, which are shared."""
         said = {name: value for name, value in self._sizes.items() if value is not None}

@@ -64,6 +64,7 @@ class HydraLesson(nn.Module):
             )
         self.heads = heads.float().requires_grad_(True)
         self.target, self.tap = target, tap
+        self.ahead = tuple(range(2, heads.shape.num_heads + 2))
         later: tuple[Tap, ...] = ("final",) if self.teacher or self.reconstruction else ()
         self.taps: tuple[Tap, ...] = tuple(dict.fromkeys((tap, *later)))
 
@@ -90,7 +91,7 @@ class HydraLesson(nn.Module):
             losses.append(loss)
             hits.append(found)
             counted.append(where)
-        return objectives.learnt(losses, [1.0] * count, hits, counted)
+        return objectives.learnt(losses, [1.0] * count, hits, counted, self.ahead)
 
     def _judge(
         self,

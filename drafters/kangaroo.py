@@ -298,6 +298,11 @@ class Kangaroo(ChainDrafter):
             raise ValueError("this drafter has no adapter yet; call fit(target) first")
         save_adapter(Path(folder), self.adapter, self._layer, self._target, layout)
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Options that the weights decide, as they are."""
+        return {"exit_layer": self._layer}
+
     def round_cost(self, steps: int) -> float:
         """Weight bytes read by a round that drafts a chain of ``steps`` tokens, over those of one plain pass.
 

@@ -205,6 +205,8 @@ class AdapterLesson(nn.Module):
         layer: E.
     """
 
+    ahead: tuple[int, ...] = (1,)
+
     def __init__(self, adapter: Adapter, target: Target, layer: int) -> None:
         super().__init__()
         self.adapter = adapter
@@ -227,4 +229,4 @@ class AdapterLesson(nn.Module):
             teacher = self._target.head(states["final"][where][None]).to(hidden.device)
         judged = where[where][None]
         loss = soft_cross_entropy(logits, teacher, judged)
-        return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged])
+        return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged], self.ahead)

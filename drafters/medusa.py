@@ -154,6 +154,13 @@ class Medusa(BaseDrafter):
         return None
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """Options that the weights decide, as they are."""
+        assert self.heads is not None
+        heads = self.heads
+        return {"num_heads": heads.num_heads, "num_layers": heads.num_layers, "own_head": heads.output is not None}
+
+    @property
     def tree_paths(self) -> list[tuple[int, ...]]:
         """As it is now (``Shaped``)."""
         template = self._given if self.heads is None else self.template

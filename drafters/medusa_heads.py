@@ -340,7 +340,13 @@ def judged(
         logits = heads.logits_of(head, states[where], target)
         losses.append(F.cross_entropy(logits.float(), labels))
         found.append(hits(logits[None], labels[None], where[where][None]))
-    return learnt(losses, [decay ** (head + 1) for head in range(heads.num_heads)], found, counted)
+    weights = [decay ** (head + 1) for head in range(heads.num_heads)]
+    return learnt(losses, weights, found, counted, steps_of(heads))
+
+
+def steps_of(heads: MedusaHeads) -> tuple[int, ...]:
+    """How far ahead of a position each head's token is."""
+    return tuple(range(2, heads.num_heads + 2))
 
 
 @torch.no_grad()
@@ -378,7 +384,7 @@ class MedusaLesson(nn.Module):
     def __init__(self, heads: MedusaHeads, target: Target, decay: float = 0.8, labels: str = "text") -> None:
         super().__init__()
         check_common(decay, labels)
-        self.heads, self.decay, self.labels = heads, decay, labels
+        self.heads, self.decay, self.labels, self.ahead = heads, decay, labels, steps_of(heads)
         self._target = target  # no module: what it holds is not registered
 
     def forward(

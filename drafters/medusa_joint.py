@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.medusa_heads import WITHIN_MODEL, MedusaHeads, check_common, judged
+from drafters.medusa_heads import WITHIN_MODEL, MedusaHeads, check_common, judged, steps_of
 from specdec import capabilities
 from specdec.checkpoints import CONFIG
 from specdec.interfaces import Tap
@@ -62,8 +62,8 @@ def scheduled(schedule: str, progress: float) -> float:
 class JointLesson(nn.Module):
     """Medusa-2. Adapters are put into the target's model and stay there; nothing else of it learns.
 
-    Registered are the heads and the adapters, which the model shares. Data-parallel training sees both; training that
-    cuts up the backbone itself (FSDP of the target) is not provided for.
+    Registered are the heads and the adapters, which the model shares. Data-parallel training sees both, ZeRO-1 and
+    ZeRO-2 too; what cuts up weights (FSDP, ZeRO-3) would hide the adapters from the model, and is refused.
 
     Args:
         heads: to be trained, in float32.
@@ -116,6 +116,7 @@ class JointLesson(nn.Module):
             )
         self.heads, self.decay, self.weight, self.schedule = heads, decay, weight, schedule
         self.distill, self.heads_lr, self.progress = distill, heads_lr, 0.0
+        self.ahead = (1, *steps_of(heads))
         places = sorted({str(parameter.device) for parameter in target.model.parameters()})
         if len(places) > 1:
             raise ValueError(
@@ -149,9 +150,10 @@ class JointLesson(nn.Module):
         with self._target.router.taps(("final",)) as recorded:
             logits = model(**inputs).logits
         if teacher is None:
-            base = shared(cross_entropy(logits, ahead(token_ids, 1), where), where.sum())
+            base = cross_entropy(logits, ahead(token_ids, 1), where)
         else:
-            base = shared(_divergence(teacher, logits[where]), where.sum())
+            base = _divergence(teacher, logits[where])
+        base = shared(base[None], where.sum()[None], [1])[0]
         batch = (token_ids, positions, wanted)
         learnt = judged(self.heads, self._target, recorded["final"][0], batch, self.decay)
         heads = learnt["loss"]

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from specdec.target import Target
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def remember(target: Target) -> None:
+    """Keep the fingerprint as it is now, for a model whose weights will no longer be in one place."""
+    _REMEMBERED[target.model] = fingerprint(target)
 
 
 @torch.no_grad()
 def fingerprint(target: Target) -> str:
     """Of the config and of some numbers of every parameter: another model, or another training of it, has another."""
+    if target.model in _REMEMBERED:
+        return _REMEMBERED[target.model]
     config = {key: value for key, value in target.model.config.to_dict().items() if not key.startswith("_")}
     for key in ("transformers_version", "use_cache"):
         config.pop(key, None)

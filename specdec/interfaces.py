@@ -332,10 +332,11 @@ class Lesson(Protocol):
     """What is minimised while a drafter learns: an ``nn.Module`` that registers the parameters that learn, no others.
 
     Attributes:
-        taps: states of the frozen target to learn from.
+        taps, ahead: states of the frozen target to learn from; how far ahead of a position its losses' tokens are.
     """
 
     taps: tuple[Tap, ...]
+    ahead: tuple[int, ...]
 
     def __call__(
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor, states: Mapping[Tap, Tensor]
@@ -350,8 +351,7 @@ class Lesson(Protocol):
 
         Returns:
             ``loss``, a scalar to descend; ``hits`` int64 ``[K, R]``, for each of the K depths how often the wanted
-            token was among the draft's best 1..R; ``counted`` int64 ``[K]``, of how many. Anything else is a scalar to
-            be logged.
+            token was among the draft's best 1..R; ``counted`` int64 ``[K]``, of how many. Other scalars are logged.
         """
         ...
 

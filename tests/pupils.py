@@ -65,7 +65,7 @@ class ResidualLesson(nn.Module):
 
     def __init__(self, target: Target, depths: int = 2, dropout: float = 0.1, taps: Sequence[Tap] = ("final",)) -> None:
         super().__init__()
-        self.taps = tuple(taps)
+        self.taps, self.ahead = tuple(taps), tuple(range(2, depths + 2))
         self.heads = nn.ModuleList(nn.Linear(target.hidden_size, target.hidden_size) for _ in range(depths))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -85,7 +85,7 @@ class ResidualLesson(nn.Module):
             found.append(objectives.hits(logits, labels, where))
             counted.append(where)
         size = torch.stack([parameter.square().mean() for parameter in self.parameters()]).sum()
-        return objectives.learnt(losses, [0.8, 0.64], found, counted) | {
+        return objectives.learnt(losses, [0.8 ** (step - 1) for step in self.ahead], found, counted, self.ahead) | {
             "size": size,
             "progress": torch.tensor(self.progress),
         }

@@ -29,11 +29,12 @@ from specdec.training.features import Frozen
 from specdec.training.ranks import Ranks
 from specdec.training.scores import Even, Scores
 
-TRAIN = (
-    "threads=1", "dtype=float32", "target.device=cpu", "drafter=medusa", "drafter.path=new", "drafter.num_heads=2",
-    "length=64", "eval_share=0.3", "trainer.save_steps=2", "trainer.logging_steps=1", "trainer.learning_rate=0.01",
-    "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0",
+MEDUSA = ("drafter=medusa", "drafter.path=new", "drafter.num_heads=2")
+SETTINGS = (
+    "threads=1", "dtype=float32", "length=64", "eval_share=0.3", "trainer.save_steps=2", "trainer.logging_steps=1",
+    "trainer.learning_rate=0.01", "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0",
 )  # fmt: skip
+TRAIN = (*SETTINGS, "target.device=cpu", *MEDUSA)
 
 
 def everywhere(work: Callable[[Ranks], Any], size: int = 2) -> list[Any]:
@@ -131,14 +132,15 @@ def test_losses_of_parts_are_the_loss_of_the_whole() -> None:
     assert counts[1].min() > 0
     lesson.zero_grad()
     losses = []
-    with objectives.over_processes(lambda _: counts.mean(0)):
+    with objectives.of_step(dict(zip(lesson.ahead, counts.mean(0), strict=True))):
         for half in halves:
             losses.append(lesson(**half)["loss"] / 2)
             losses[-1].backward()
     assert float(torch.stack(losses).sum().detach()) == pytest.approx(float(whole["loss"].detach()), rel=1e-6)
     for parameter, gradient in zip(lesson.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-    assert float(lesson(**halves[1])["loss"].detach()) == pytest.approx(float(losses[1].detach())), "none of it outside"
+    alone = lesson(**halves[1])["loss"].detach()
+    assert float(alone) == pytest.approx(float(losses[1].detach())), "a batch is a step of its own otherwise"
 
 
 def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
@@ -162,7 +164,6 @@ def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
     ("option", "expected"),
     [
         ("target.device_map=auto", "of several processes each has its own target"),
-        ("trainer.fsdp=full_shard", "FSDP would cut up the drafter"),
     ],
 )
 def test_what_several_processes_cannot_do(option: str, expected: str, tmp_path: Path) -> None:
@@ -181,11 +182,13 @@ def write_chats(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: str, settings: tuple[str, ...] = TRAIN) -> subprocess.CompletedProcess[str]:
     """The command on two processes, as a user starts it in a folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
+    if "target.device=cpu" in settings:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # FSDP and DeepSpeed take what they find
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "specdec.cli", "train", *TRAIN, "data.path=chats.jsonl", *arguments]
+    command = [*torchrun, "-m", "specdec.cli", "train", *settings, "data.path=chats.jsonl", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=300
     )
@@ -199,7 +202,7 @@ def curve(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started, gone on with and refused, by torchrun; against one process with twice the batch."""
+    """Started, gone on with and refused, by torchrun, in batches of one; against one process with batches of four."""
     monkeypatch.setattr(sys, "argv", ["specdec"])
     monkeypatch.chdir(tmp_path)
     write_chats(tmp_path / "chats.jsonl")
@@ -207,7 +210,10 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ["train", *TRAIN, "data.path=chats.jsonl", "output=one", "trainer.per_device_train_batch_size=4",
          "trainer.max_steps=4", "trainer.per_device_eval_batch_size=4"]
     )  # fmt: skip
-    small = ("trainer.per_device_train_batch_size=2", "trainer.per_device_eval_batch_size=4")
+    small = (
+        "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
+        "trainer.per_device_eval_batch_size=4",
+    )  # fmt: skip
     cached = ("features.mode=cached", "features.path=states", "features.shard_mb=0.1")
     begun = launch(tmp_path, *small, *cached, "trainer.max_steps=2")
     assert begun.returncode == 0, begun.stderr

@@ -410,7 +410,7 @@ def test_without_a_judge(chats: Path, tmp_path: Path) -> None:
         (["length=4096", "data.path=nowhere.jsonl"], "expected length to be at most 2048, which demo reads; got 4096"),
         (["length=1"], "expected length to be a whole number of at least 2, got 1"),
         (["trainer.gradient_checkpointing=true"], "are frozen; it serves loss.joint=true"),
-        (["trainer.fsdp=full_shard"], "FSDP would cut up the drafter, which is small"),
+        (["trainer.fsdp=true"], "cuts a drafter up over several processes, and this is one; expected torchrun"),
     ],
 )
 def test_mistakes(

@@ -4,6 +4,8 @@ One process per device: ``torchrun --nproc-per-node 8 -m specdec.cli train ...``
 writes and speaks; what is refused on one ends all of them. Every checkpoint holds the drafter as it was then, so that
 what a killed run has reached can be used: ``drafter.path=RUN/checkpoint-N/drafter``. (Not where the target learns too,
 which would be saved whole each time: ``resume=true trainer.max_steps=N`` makes a result of its last checkpoint, N.)
+
+Where FSDP or DeepSpeed cut up the weights, all processes put them together whenever a drafter is saved.
 """
 
 from __future__ import annotations
@@ -131,6 +133,7 @@ def _prepared(
 ) -> tuple[Pupil, Frozen, Texts, Any, Run]:
     """Everything that can be known before the folder is touched; each process does it for itself."""
     _need_accelerate()
+    from specdec.training.sharding import check_lesson
     from specdec.training.trainer import training_arguments
 
     if processes > 1 and _in_sweep():
@@ -153,10 +156,12 @@ def _prepared(
     with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
         drafter.save(Path(scratch), settings["layout"])
     pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
+    check_lesson(arguments, pupil.lesson, target)
     frozen = Frozen(target, pupil.lesson.taps)
     check_features(settings["features"], frozen)
     texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
+    resolved["drafter"] = {**settings["drafter"], **getattr(drafter, "sizes", {})}
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
     return pupil, frozen, texts, arguments, Run(folder, None, said, console)
 
@@ -192,7 +197,7 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
     trainer = DrafterTrainer(pupil.lesson, arguments, frozen, texts.train, texts.held_out, callbacks)
     if not pupil.is_joint:
         layout = this.said["config"]["layout"]
-        trainer.add_callback(AtCheckpoints(partial(_keep, pupil, trainer, layout), DRAFTER))
+        trainer.add_callback(AtCheckpoints(partial(_keep, pupil, trainer, layout), DRAFTER, trainer.whole))
     try:
         with told, _told_when_full(this.folder):
             metrics: dict[str, Any] = trainer.learn(this.checkpoint)
@@ -204,8 +209,8 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
         return None
     acceptance = trainer.acceptance()
     metrics |= {"step": trainer.reached} | ({} if acceptance is None else {"acceptance": acceptance})
-    if trainer.is_world_process_zero():
-        with _told_when_full(this.folder):
+    with trainer.whole(), _told_when_full(this.folder):
+        if trainer.is_world_process_zero():
             _save(pupil, this, metrics)
     trainer.accelerator.end_training()
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +91,31 @@ class AtCheckpoints(TrainerCallback):
     Args:
         act: told the checkpoint's folder.
         made: the name of what it puts there.
+        within: a context that every process enters meanwhile.
     """
 
-    def __init__(self, act: Callable[[Path], None], made: str) -> None:
-        self.act, self.made = act, made
+    def __init__(
+        self,
+        act: Callable[[Path], None],
+        made: str,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.act, self.made, self.within = act, made, within
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """A checkpoint has been made."""
-        if state.is_world_process_zero:
-            self.act(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        with self.within():
+            if state.is_world_process_zero:
+                self.act(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """A checkpoint has been taken up, or none."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir() and not (folder / self.made).exists():
-            self.act(folder)
+        if state.global_step == 0:
+            return
+        with self.within():
+            if state.is_world_process_zero and folder.is_dir() and not (folder / self.made).exists():
+                self.act(folder)
 
 
 class Provenance(AtCheckpoints):
@@ -117,6 +127,29 @@ class Provenance(AtCheckpoints):
 
     def __init__(self, said: Mapping[str, Any]) -> None:
         super().__init__(lambda folder: write_provenance(folder, said, int(folder.name.rpartition("-")[2])), PROVENANCE)
+
+
+class Steps(TrainerCallback):
+    """Tells the lesson how far the training is; sees to it that what is saved has been logged.
+
+    The Trainer forgets the losses that it has summed since it logged last, so a checkpoint between two lines of the
+    loss curve would change the first line after it.
+    """
+
+    def __init__(self, lesson: Any) -> None:
+        self._lesson = lesson
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Before each step of the optimizer."""
+        if hasattr(self._lesson, "progress"):
+            self._lesson.progress = state.global_step / state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
+        """After each step."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
 
 
 def write_provenance(folder: Path, said: Mapping[str, Any], step: int) -> None:

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens of a row, V vocabulary, K depths (heads), R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RANKS = 5
-_MEAN: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("mean over processes", default=None)
+_POSITIONS: ContextVar[Mapping[int, Tensor] | None] = ContextVar("positions of a batch, on average", default=None)
 
 
 def ahead(values: Tensor, steps: int) -> Tensor:
@@ -86,37 +86,43 @@ def hits(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
 
 
 @contextmanager
-def over_processes(mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block losses are such that their mean over the processes of a distributed run is the loss of all their
-    batches taken together, however many tokens are wanted in each: those of ``learnt``, and what ``shared`` is given.
+def of_step(positions: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within the block a loss is a batch's part in its step: the sum over the batch, over what the batches of the step
+    have on average. So the mean over the batches, accumulated ones and those of other processes, is the loss of all of
+    them as one, however many tokens are wanted in each. That holds for losses of ``learnt`` and ``shared``.
 
     Args:
-        mean: a tensor's mean over the processes.
+        positions: steps ahead -> in how many positions of a batch the token so far ahead is wanted, on average.
     """
-    token = _MEAN.set(mean)
+    token = _POSITIONS.set(positions)
     try:
         yield
     finally:
-        _MEAN.reset(token)
+        _POSITIONS.reset(token)
 
 
-def shared(losses: Tensor, counts: Tensor) -> Tensor:
-    """Means over positions of this process, weighed by its share of all processes' positions; unchanged where one
-    process trains. For terms of a loss that ``learnt`` does not see.
+def shared(losses: Tensor, counts: Tensor, steps: Sequence[int]) -> Tensor:
+    """A batch's part of its step's losses; within no step these are the batch's own. For terms that ``learnt`` does not
+    see.
 
     Args:
-        losses: ``[...]``.
-        counts: ``[...]``, of how many positions each is the mean.
+        losses: ``[K]``, means over positions.
+        counts: int64 ``[K]``, over how many.
+        steps: K of them, how far ahead of a position its token is; among the lesson's ``ahead``.
     """
-    mean = _MEAN.get()
-    if mean is None:
+    positions = _POSITIONS.get()
+    if positions is None:
         return losses
-    here = counts.to(losses.dtype)
-    return losses * (here / mean(here).clamp(min=torch.finfo(losses.dtype).tiny))
+    average = torch.stack([positions[step] for step in steps])
+    return losses * (counts / average.clamp(min=1e-12)).to(losses.dtype)
 
 
 def learnt(
-    losses: Sequence[Tensor], weights: Sequence[float], found: Sequence[Tensor], counted: Sequence[Tensor]
+    losses: Sequence[Tensor],
+    weights: Sequence[float],
+    found: Sequence[Tensor],
+    counted: Sequence[Tensor],
+    steps: Sequence[int],
 ) -> dict[str, Tensor]:
     """What a lesson returns: the weighted sum of its losses, and its hits per depth.
 
@@ -124,8 +130,9 @@ def learnt(
         losses: K scalars, each a mean over its ``counted``.
         weights: K of them.
         found: K of ``hits``.
-        counted: K of the masks ``where``.
+        counted: K of the masks ``where``, which ``wanted_ahead`` makes.
+        steps: K of them, how far ahead each depth's token is.
     """
     counts = torch.stack([where.sum() for where in counted])
     parts = torch.stack([weight * part for weight, part in zip(weights, losses, strict=True)])
-    return {"loss": shared(parts, counts).sum(), "hits": torch.stack(list(found)), "counted": counts}
+    return {"loss": shared(parts, counts, steps).sum(), "hits": torch.stack(list(found)), "counted": counts}

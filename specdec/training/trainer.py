@@ -13,24 +13,26 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from specdec.target import Target
-from specdec.training import objectives
-from specdec.training.callbacks import AtCheckpoints
+from specdec.training import sharding
+from specdec.training.callbacks import AtCheckpoints, Steps
 from specdec.training.features import Frozen
+from specdec.training.objectives import of_step, wanted_ahead
 from specdec.training.scores import Even, Scores
 
 STATE = "trainer_state.json"
@@ -73,7 +75,7 @@ def training_arguments(
 
     Raises:
         ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
-            distributing that would cut up the drafter.
+            distributing that these processes cannot have.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
@@ -93,29 +95,12 @@ def training_arguments(
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
-    _refuse_sharding("FSDP", given.get("fsdp") or given.get("fsdp_config") or _environment("ACCELERATE_USE_FSDP"))
-    arguments = TrainingArguments(**given)
-    stage = getattr(getattr(arguments, "deepspeed_plugin", None), "zero_stage", 0)
-    _refuse_sharding("ZeRO-3", stage == 3 or _environment("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
+    arguments = TrainingArguments(**given | sharding.completed(given))
+    sharding.check(arguments)
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
         arguments._n_gpu = 1
     return arguments
-
-
-def _environment(name: str) -> str:
-    """What ``accelerate launch`` has set; empty where it has not."""
-    value = os.environ.get(name, "").lower()
-    return "" if value in ("0", "false", "no") else value
-
-
-def _refuse_sharding(name: str, wanted: Any) -> None:
-    if wanted:
-        raise ValueError(
-            f"{name} would cut up the drafter, which is small, and not the target, which is not trained; "
-            "expected plain torchrun (each process trains a whole drafter), or for a target that is too large for one "
-            "device target.device_map=auto in a single process"
-        )
 
 
 class DrafterTrainer(Trainer):
@@ -152,23 +137,55 @@ class DrafterTrainer(Trainer):
             raise ValueError(f"{type(lesson).__name__} has no parameter that learns")
         if arguments.world_size > 1 and held_out is not None:
             held_out = Even(held_out, arguments.world_size * arguments.per_device_eval_batch_size)
+        self.frozen, self.scores = frozen, Scores()
         super().__init__(
             model=lesson.float(),
             args=arguments,
             data_collator=default_collate,
             train_dataset=train,
             eval_dataset=held_out,
-            callbacks=[*callbacks, _Steps(lesson)],
+            callbacks=[*callbacks, Steps(lesson)],
         )
         if _recomputes(arguments):
             _let_recompute(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
-        # A lesson's loss is a mean over its batch, so accumulated ones are to be divided.
+        # A lesson's loss is its batch's part of a mean over batches, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
-        self.frozen, self.scores = frozen, Scores()
         self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
         self._best: int | None = None  # the step whose weights were taken up at the end
         self._extras: dict[str, list[Tensor]] = {}
+        self._ahead: tuple[int, ...] = tuple(lesson.ahead)
+        self._positions: dict[int, Tensor] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, and FSDP on what it leaves out; the frozen layers are then cut up, too."""
+        super().create_accelerator_and_postprocess()
+        sharding.enable(self.accelerator, self.args)
+        self.is_fsdp_enabled = sharding.kind(self.args) == sharding.FSDP
+        self.is_deepspeed_enabled = self.args.deepspeed_plugin is not None
+        if self.is_fsdp_enabled:
+            sharding.shard_target(self.frozen.target)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block the lesson's weights are whole, as saving it needs them; for all processes at once."""
+        with sharding.whole(self.model):
+            yield
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """The batches of a step, whose wanted tokens are counted before the first of them is learnt from."""
+        batches, items = super().get_batch_samples(*args, **options)
+        self._positions = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
+        return batches, items
+
+    def _average(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
+        """Steps ahead -> wanted positions of a batch of this step: the mean over its batches of all processes."""
+        counts = [
+            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._ahead])
+            for batch in batches
+        ]
+        total = self.accelerator.reduce(torch.stack(counts).sum(0).to(self.args.device), "sum")
+        return dict(zip(self._ahead, total / (len(batches) * self.args.world_size), strict=True))
 
     def compute_loss(
         self,
@@ -183,9 +200,9 @@ class DrafterTrainer(Trainer):
         if states is None:
             made = self.frozen(inputs["token_ids"], inputs["positions"])
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
-        several = model.training and self.args.world_size > 1
-        mean = partial(self.accelerator.reduce, reduction="mean")
-        with objectives.over_processes(mean) if several else nullcontext():
+        # Under FSDP nobody else sees to mixed precision.
+        precision = self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+        with precision, of_step(self._positions) if model.training and self._positions else nullcontext():
             outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
@@ -252,6 +269,14 @@ class DrafterTrainer(Trainer):
                 f"{', '.join(unknown[:3]) or 'nothing'} besides"
             )
 
+    def _take_up(self, checkpoint: Path) -> None:
+        """Read a checkpoint's weights, which are whole there, to judge and save them: nothing is cut up any more."""
+        file = checkpoint / SAFE_WEIGHTS_NAME
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; a later trainer.max_steps goes on from what else {checkpoint} holds")
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+        self._issue_warnings_after_load(self.model.load_state_dict(load_file(file), strict=False))
+
     def _load_best_model(self) -> None:
         """Take up the best checkpoint's weights; it is looked for in this run's folder, wherever that was before."""
         assert self.state.best_model_checkpoint is not None
@@ -282,7 +307,7 @@ class DrafterTrainer(Trainer):
         state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
         if state is not None and state.global_step >= self._total_steps():
             # Nothing is left to do, and the Trainer would do one step more.
-            self._load_from_checkpoint(str(checkpoint))
+            self._take_up(Path(str(checkpoint)))
             self.state = state
             state.is_world_process_zero = self.is_world_process_zero()
             for callback in self.callback_handler.callbacks:
@@ -336,29 +361,6 @@ def _let_recompute(lesson: Any, target: Target) -> None:
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(target.model, name):
             setattr(lesson, name, partial(enable, name))
-
-
-class _Steps(TrainerCallback):
-    """Tells the lesson how far the training is; sees to it that what is saved has been logged.
-
-    The Trainer forgets the losses that it has summed since it logged last, so a checkpoint between two lines of the
-    loss curve would change the first line after it.
-    """
-
-    def __init__(self, lesson: Any) -> None:
-        self._lesson = lesson
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Before each step of the optimizer."""
-        if hasattr(self._lesson, "progress"):
-            self._lesson.progress = state.global_step / state.max_steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
-        """After each step."""
-        control.should_log = control.should_log or control.should_save
-        return control
-
-    on_epoch_end = on_step_end
 
 
 def last_checkpoint(output: Path) -> Path | None:
