@@ -68,7 +68,9 @@ def test_what_a_checkpoint_holds_besides_is_said_once(tmp_path: Path, capsys: py
         session = Session(compose("generate", overrides=overrides))
     session.speculate()
     session.speculate()
-    assert capsys.readouterr().err == f"medusa: ignored in {tmp_path}: step (no tensor but int)\n"
+    # Progress bars of transformers, which the command line switches off, are no part of this.
+    said = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    assert said == [f"medusa: ignored in {tmp_path}: step (no tensor but int)"]
 
 
 def test_demo_compares_and_is_exact_in_float32() -> None:
