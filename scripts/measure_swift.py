@@ -234,7 +234,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "acceptance"))
-    parser.add_argument("--gsm8k", type=Path, default=Path("../shared/data/gsm8k/train.jsonl"))
+    parser.add_argument(
+        "--gsm8k", type=Path, help="of acceptance: GSM8K's train.jsonl, of which held-out questions are asked"
+    )
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=60, help="skip sets tried by the search")
     parser.add_argument("--repeats", type=int, default=20)
@@ -243,6 +245,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.what == "cost":
         result = cost(arguments.repeats)
+    elif arguments.gsm8k is None:
+        parser.error("acceptance needs --gsm8k=PATH of GSM8K's train.jsonl")
     else:
         result = acceptance(arguments.gsm8k, arguments.rows, arguments.candidates)
     provenance = {"threads": torch.get_num_threads(), "torch": torch.__version__}
