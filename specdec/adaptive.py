@@ -225,8 +225,9 @@ class Adaptive:
             self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
         if self._since >= self._wait:
             changed = self._choose(state)
-            # A choice costs as much as a tenth of a quick step.
-            self._wait = settings.interval if changed else min(2 * self._wait, _PATIENCE * settings.interval)
+            # A choice costs a tenth of a quick step. Plain steps see nothing, so the way back is by time alone.
+            steady = not changed and not self._plain
+            self._wait = min(2 * self._wait, _PATIENCE * settings.interval) if steady else settings.interval
             self._since = 0
 
     def _fits_online(self, state: DecodeState) -> bool:
@@ -242,7 +243,7 @@ class Adaptive:
         assert self._target is not None
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
-        best = choose(profile, costs, self._limit, self._depth, sizes)
+        best = choose(profile, costs, self._limit, self._depth, sizes, quick=True)
         now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
         if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):
             return False
