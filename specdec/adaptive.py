@@ -70,7 +70,7 @@ class Adaptation:
     interval: int = 12
     half_life: float = 48.0
     strength: float = 16.0
-    gain: float = 0.02
+    gain: float = 0.03
     max_nodes: int = 64
     max_depth: int = 12
     max_width: int = 10
@@ -309,6 +309,7 @@ class Adaptive:
             "steps": self._steps,
             "since": self._since,
             "wait": self._wait,
+            "fit_at": self._fit_at,
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
@@ -346,4 +347,4 @@ class Adaptive:
             self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
-        self._since, self._wait, self._fit_at = own["since"], own["wait"], own["steps"]
+        self._since, self._wait, self._fit_at = own["since"], own["wait"], own["fit_at"]
