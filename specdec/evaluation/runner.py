@@ -1,10 +1,11 @@
 """The run: every method on every question in turn, so that whatever drifts hits all of them alike.
 
 Order of things, outermost first: settings (temperature, batch size), groups of questions (a batch, all of one
-category), repeats, turns, methods. Every group draws the order of methods, since who comes after whom matters too. All
-methods get the same prompts: what goes into the next turn is the answer of the first method (the plain loop where it is
-measured). Nothing but ``generate`` stands between two looks at a clock, and no graph is compiled or loaded there: warming
-up makes what batches of this size and single rows need, and a call that made another one all the same is asked again.
+category), repeats, turns, methods. Every group draws the order of methods, since who comes after whom matters too.
+All methods get the same prompts: what goes into the next turn is the answer of the first method (the plain loop where
+it is measured). Nothing but ``generate`` stands between two looks at a clock, and no graph is compiled or loaded
+there: warming up makes what batches of this size and single rows need, and a call that made another one all the same
+is asked again.
 """
 
 from __future__ import annotations
