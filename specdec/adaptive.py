@@ -178,7 +178,8 @@ class Adaptive:
         # By batch size, as passes are timed.
         self._recent: dict[int, deque[StepCost]] = {}
         self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
-        self._steps = self._since = self._fit_at = self.choices = 0
+        self._fit_at = dict[int, int]()
+        self._steps = self._since = self.choices = 0
         self._wait = self.settings.interval
         self._take(self._initial)
 
@@ -276,9 +277,9 @@ class Adaptive:
             assert self.file is not None
             return self.file.costs
         # A fit takes about as long as a choice, and costs change slower than texts.
-        due = rows not in self._fitted or self._steps - self._fit_at >= _FIT_EVERY * self.settings.interval
+        due = rows not in self._fitted or self._steps - self._fit_at[rows] >= _FIT_EVERY * self.settings.interval
         if recent and due:
-            self._fitted[rows], self._fit_at = fit_costs(recent, passes), self._steps
+            self._fitted[rows], self._fit_at[rows] = fit_costs(recent, passes), self._steps
         draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
         return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
 
@@ -309,7 +310,7 @@ class Adaptive:
             "steps": self._steps,
             "since": self._since,
             "wait": self._wait,
-            "fit_at": self._fit_at,
+            "fit_at": dict(self._fit_at),
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
@@ -347,4 +348,5 @@ class Adaptive:
             self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
-        self._since, self._wait, self._fit_at = own["since"], own["wait"], own["fit_at"]
+        self._since, self._wait = own["since"], own["wait"]
+        self._fit_at = {int(rows): int(step) for rows, step in own["fit_at"].items()}
