@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from specdec.loading import DEMO_FOLDER, Loaded
 from test_bench_command import QUICK, bench
 from test_contract import model_of, plain_text, prompts
 from test_evaluation_runner import tiny
+from test_graphs import _fresh_graphs as _fresh_graphs  # a fixture
 from test_graphs import generate_code, graphs_of, interpreted, one_layer, speculating
 from test_graphs import traced as traced  # a fixture
 from zoo import FAMILIES, build, untrained
@@ -40,15 +41,6 @@ NEW_TOKENS = 24
 SLOW = pytest.mark.slow
 WITHOUT = ("gpt_neo", "xglm")  # whose code asks for the slots seen, so that they have no graphs at any number of rows
 pytestmark = untrained("early_exit", "draft_model")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(passes, "inductor", interpreted)
-    passes._MADE.clear()
-    yield
-    passes._MADE.clear()
 
 
 @pytest.fixture
