@@ -57,7 +57,8 @@ class Adaptation:
             begins.
         half_life: steps after which what was seen weighs half.
         strength: steps that the prior is worth.
-        gain: share by which a tree must promise more than the present one to take its place.
+        gain: share by which a tree must promise more than the present one to take its place; beside the file's tree it
+            must promise as much more as others did when ``specdec tune`` looked at that one and kept it.
         max_nodes: of the largest tree, the root included.
         max_depth: of the deepest one.
         max_width: ranks considered.
@@ -121,6 +122,7 @@ class Adaptive:
         self.announce: Callable[[str], None] = _LOG.info
         self._passes: dict[int, np.ndarray] = {}
         self._plain, self._paths = False, list[tuple[int, ...]]()
+        self._knows_costs, self._edge = False, 1.0
         self._began = self._drafting = 0.0
         self._proposed: TokenTree | None = None
         self._target: Target | None = None
@@ -149,12 +151,26 @@ class Adaptive:
         if known:
             return None
         self._prior = self._prior_rates()
+        self._heed_file(target)
         self._passes.clear()
         self._forget()
         if self._saved is not None:
             saved, self._saved = self._saved, None
             self.load_state_dict(saved)
         return None
+
+    def _heed_file(self, target: Target) -> None:
+        """Whether the file's costs are those of this target, and what its tree is worth beyond what is reckoned."""
+        if self.file is None:
+            return
+        other = self.file.made_elsewhere(target)
+        self._knows_costs = not other
+        if other:
+            _LOG.warning("adaptive tree: its file was made with other %s; costs are measured anew", ", ".join(other))
+        # By rates and costs alone another tree may win; the file's own is the one that did when both were tried.
+        profile, costs = self.file.profile, self.file.costs
+        best = choose(profile, costs, self._limit, self._depth, quick=True).rate
+        self._edge = max(best / expect(self.file.paths, profile, costs).rate, 1.0)
 
     def _prior_rates(self) -> np.ndarray:
         """float64 ``[D, R]``: the file's rates, or those that the drafter knows of itself, or a guess."""
@@ -190,7 +206,8 @@ class Adaptive:
         rows = state.batch_size
         if rows in self._passes:
             return
-        if self.file is not None and rows == 1:
+        if not self._fits_online(state):
+            assert self.file is not None
             self._passes[rows] = self.file.costs.passes
             return
         target, context = self._target, state.context
@@ -232,7 +249,7 @@ class Adaptive:
             self._since = 0
 
     def _fits_online(self, state: DecodeState) -> bool:
-        return self.file is None or state.batch_size != 1
+        return not self._knows_costs or state.batch_size != 1
 
     def _choose(self, state: DecodeState) -> bool:
         """Change the tree where another one promises more; whether it did."""
@@ -245,15 +262,22 @@ class Adaptive:
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
         best = choose(profile, costs, self._limit, self._depth, sizes, quick=True)
-        now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
-        if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):
+        paths, rate, plain = tuple(best.paths), best.rate, 1 / costs.plain
+        now = plain if self._plain else self._worth(tuple(self._paths), profile, costs)
+        if self._edge > 1 and (first := self._worth(self._initial, profile, costs)) >= rate:
+            paths, rate = self._initial, first
+        if max(rate, plain) <= now * (1 + settings.gain):
             return False
         self.choices += 1
-        if best.rate * (1 + settings.gain) < 1 / costs.plain:
+        if rate * (1 + settings.gain) < plain:
             self._plain = True
         else:
-            self._take(tuple(best.paths))
+            self._take(paths)
         return True
+
+    def _worth(self, paths: tuple[tuple[int, ...], ...], profile: Profile, costs: Costs) -> float:
+        """Tokens per second that a tree promises."""
+        return expect(paths, profile, costs).rate * (self._edge if paths == self._initial else 1.0)
 
     def _take(self, paths: Sequence[tuple[int, ...]]) -> None:
         self._plain, self._paths = False, list(paths)

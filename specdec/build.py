@@ -17,6 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, OmegaConf
 
+from specdec.adaptive import Adaptation
 from specdec.attention import AttentionBackend
 from specdec.generation import attach, unwrap
 from specdec.interfaces import Drafter, Shaped, Verifier
@@ -25,7 +26,7 @@ from specdec.tuning.files import FixedTree
 _ALLOWED = ("drafters.", "verifiers.", "specdec.")
 _OWNER = "specdec"
 _LOG = logging.getLogger("specdec")
-Tree = str | Mapping[str, Any] | Sequence[Sequence[int]]
+Tree = str | Mapping[str, Any] | FixedTree | Adaptation | Sequence[Sequence[int]]
 
 
 def config_dir() -> Path:
@@ -140,8 +141,8 @@ def with_tree(drafter: Drafter, tree: Tree | None, model: Any) -> Drafter:
 
     Args:
         drafter: built, and bound to no other model.
-        tree: a name in ``conf/tree``, a file that ``specdec tune`` made, a config with ``_target_``, or rank paths;
-            None = the drafter's own.
+        tree: a name in ``conf/tree``, a file that ``specdec tune`` made, a config with ``_target_``, what one
+            builds, or rank paths; None = the drafter's own.
         model: the target's, for its vocabulary.
 
     Returns:
@@ -157,7 +158,9 @@ def with_tree(drafter: Drafter, tree: Tree | None, model: Any) -> Drafter:
         tree = load("tree", tree) if tree in choices("tree") else {**load("tree", "tuned"), "path": tree}
     if isinstance(tree, Mapping) and tree.get("path") == MISSING:
         raise ValueError("tree=tuned needs a file that specdec tune made: tree.path=FILE")
-    recipe = build(tree) if isinstance(tree, Mapping) else FixedTree(paths=tree)
+    if isinstance(tree, Mapping):
+        tree = build(tree)
+    recipe = tree if isinstance(tree, FixedTree | Adaptation) else FixedTree(paths=tree)
     if recipe == FixedTree():
         return drafter
     if not isinstance(drafter, Shaped):

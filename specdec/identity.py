@@ -1,9 +1,12 @@
-"""By what a model is known again, wherever it lies."""
+"""By what a model is known again, wherever it lies, and the device that it runs on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import sys
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,3 +37,15 @@ def fingerprint(target: Target) -> str:
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform.startswith("linux"):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -25,7 +25,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.target import Target
 from specdec.templates import Template, chain_paths, kept_template
 from specdec.tree import TokenTree
-from specdec.tuning.choice import Costs, Profile, choose, expect
+from specdec.tuning.choice import Costs, Paths, Profile, choose, expect
 from specdec.tuning.files import TreeFile
 from test_contract import check_cache, check_statistics, generate, model_of, plain_text, prompts
 from zoo import untrained
@@ -130,16 +130,24 @@ class Toy(BaseDrafter):
         return TokenTree(torch.zeros(1, self.template.num_nodes, dtype=torch.int64), self.template.topology)
 
 
+def bare() -> Target:
+    """Nothing but what an adaptive tree asks of a target."""
+    known = {"graphs": None, "model": None, "device": torch.device("cpu"), "dtype": torch.float32}
+    return cast(Target, SimpleNamespace(**known))
+
+
 class Bench:
     """An adaptive tree with costs of its own, and texts of a known character."""
 
-    def __init__(self, costs: Costs, settings: Adaptation, rates: list[list[float]]) -> None:
-        file = TreeFile("toy", 9, [(0,), (1,), (0, 0)], Profile(rates), costs)
+    def __init__(
+        self, costs: Costs, settings: Adaptation, rates: list[list[float]], paths: Paths | None = None, **made_on: Any
+    ) -> None:
+        best = choose(Profile(rates), costs, settings.max_nodes, 6).paths
+        file = TreeFile("toy", 9, best if paths is None else paths, Profile(rates), costs, made_on)
         self.toy = Toy()
         self.adaptive = Adaptive(self.toy, settings, file)
-        target: Any = type("Bare", (), {"graphs": None, "model": None})()
-        assert self.adaptive.fit(cast(Target, target)) is None
-        self.state: Any = type("State", (), {"batch_size": 1, "root": torch.zeros(1, dtype=torch.int64)})()
+        assert self.adaptive.fit(bare()) is None
+        self.state: Any = SimpleNamespace(batch_size=1, root=torch.zeros(1, dtype=torch.int64), context="some")
         self.adaptive.start(self.state, cast(Prefill, None))
         self.random = np.random.default_rng(0)
 
@@ -211,6 +219,30 @@ def test_the_files_tree_comes_first_and_stays_where_it_is_best() -> None:
     assert bench.adaptive.choices == 0
 
 
+def test_what_tuning_looked_at_is_worth_more_than_what_is_reckoned() -> None:
+    kept = choose(Profile(PRIOR), STAIRS, 8, 3).paths
+    bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR, kept)
+    reckoned = [expect(paths, Profile(PRIOR), STAIRS).rate for paths in (choose(Profile(PRIOR), STAIRS, 32).paths, kept)]
+    assert reckoned[0] > 1.03 * reckoned[1], "by its rates the file would have another tree"
+    assert set(bench.text(PRIOR[0], 200)) == {8}
+    bench.text([0.95, 0.02], 200)
+    assert max(map(len, bench.toy.tree_paths)) == 6, "a text of another character still gets another tree"
+    bench.text(PRIOR[0], 300)
+    assert bench.share_of_best(PRIOR[0]) > 0.95
+
+
+def test_costs_of_a_file_that_was_made_elsewhere_are_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: dict.fromkeys(sizes, 0.5))
+    for made_on, other in (({"dtype": "float32", "compiled": False}, ""), ({"dtype": "bfloat16"}, "dtype")):
+        bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR, **made_on)
+        bench.text(PRIOR[0], 30)
+        assert (bench.adaptive._passes[1][0] == 0.5) == bool(other)
+        assert bool(bench.adaptive._recent) == bool(other), "and followed while decoding"
+        assert [record.getMessage().count(f"other {other};") for record in caplog.records] == [1] * bool(other)
+
+
 def test_walks_through_trees_of_others_do_not_count() -> None:
     bench = Bench(STAIRS, Adaptation(), PRIOR)
     bench.text([0.5], 3)
@@ -224,11 +256,11 @@ def test_walks_through_trees_of_others_do_not_count() -> None:
 
 
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 12, 32])
+    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 8, 32])
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
     sizes = {*bench.text([0.7, 0.2], 200), *bench.text([0.3, 0.1], 300)}
-    assert sizes <= {4, 6, 12, 32}, "the file's tree of 4 comes first"
-    assert len(sizes) > 2
+    assert sizes <= {6, 8, 16, 32}, "the file's tree of 16 comes first"
+    assert len(sizes) > 1
 
 
 @pytest.mark.usefixtures("clock")
@@ -257,10 +289,9 @@ def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(adaptive, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: dict.fromkeys(sizes, 0.01))
-    target: Any = type("Bare", (), {"graphs": None, "model": None})()
     built, again = (Adaptive(Slower(), Adaptation(interval=3, max_nodes=8)) for _ in range(2))
     for each in (built, again):
-        assert each.fit(target) is None
+        assert each.fit(bare()) is None
     for step in range(30):
         rows = (1, 4)[step % 2]
         state: Any = SimpleNamespace(batch_size=rows, root=torch.zeros(rows, dtype=torch.int64), context="some")

@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from specdec.identity import device_name
 from specdec.loading import Loaded
 
 _PACKAGES = ("torch", "transformers", "numpy", "hydra-core", "tokenizers", "triton", "accelerate", "peft")
@@ -66,18 +66,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     if sha is None or tracked is None:  # installed into an environment that happens to lie within a checkout
         return None
     return {"sha": sha, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or of the CPU's model."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if sys.platform.startswith("linux"):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -27,6 +27,8 @@ from specdec.templates import best_first, chain_paths
 from specdec.tuning.choice import Paths, Profile
 from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
 
+_BELIEVED = 0.03  # share of a step to which a median of steps is believed: machines drift by as much within a minute
+_SLOPE_AT_LEAST = 1e-3  # of a pass over one node
 _HOLD = 6  # steps with a tree before the next one: the first over another size is slower than those that follow
 
 Generate = Callable[[Tensor], Any]
@@ -181,9 +183,10 @@ def plain_seconds(handle: Speculation, prompts: Sequence[Tensor], generate: Gene
 def fit_costs(costs: Sequence[StepCost], passes: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float]]:
     """Seconds of drafting (per step, node, level) and of the rest (per step, node), from steps of several sizes.
 
-    Steps of one size count once, by their median: a page fault in one of them says nothing. Drafting costs nothing
+    Steps of one size count once, by their median, which is believed to within ``_BELIEVED`` of itself: a page fault in
+    one of them says nothing, and neither does the difference of two sizes that lie side by side. Drafting costs nothing
     less with more nodes, so its coefficients are not negative. The rest may fall: what a drafter has computed of the
-    target already, the pass need not.
+    target already, the pass need not; without good reason it does not go with nodes at all.
 
     Args:
         costs: of single steps.
@@ -198,14 +201,17 @@ def fit_costs(costs: Sequence[StepCost], passes: np.ndarray) -> tuple[tuple[floa
     sizes = np.array(list(groups), float)
     weights = np.sqrt([len(group) for group in groups.values()])
     draft = np.array([statistics.median(cost.draft_s for cost in group) for group in groups.values()])
+    whole = np.array([statistics.median(cost.whole_s for cost in group) for group in groups.values()])
     rest = np.array([statistics.median(cost.whole_s - cost.draft_s for cost in group) for group in groups.values()])
     rest -= passes[sizes[:, 0].astype(int) - 1]
     ones = np.ones(len(sizes))
     fixed, node, level = _not_negative(np.stack([ones, sizes[:, 0] - 1, sizes[:, 1]], 1), draft, weights)
-    spread = len({*sizes[:, 0].tolist()}) > 1
-    design = np.stack([ones, sizes[:, 0] - 1], 1) if spread else ones[:, None]
-    solved = np.linalg.lstsq(design * weights[:, None], rest * weights, rcond=None)[0]
-    return (fixed, node, level), (float(solved[0]), float(solved[1]) if spread else 0.0)
+    # Ridge regression: the slope was 0 before anything was seen, give or take that of the passes.
+    usual = max(float(passes[-1] - passes[0]) / max(len(passes) - 1, 1), _SLOPE_AT_LEAST * float(passes[0]))
+    trust = 1 / (_BELIEVED * whole)
+    design = np.append(np.stack([ones, sizes[:, 0] - 1], 1) * trust[:, None], [[0.0, 1 / usual]], 0)
+    beyond, more = np.linalg.lstsq(design, np.append(rest * trust, 0.0), rcond=None)[0]
+    return (fixed, node, level), (float(beyond), float(more))
 
 
 def _not_negative(design: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:

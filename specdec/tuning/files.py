@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
+from specdec.identity import device_name
 from specdec.interfaces import Drafter, Shaped
+from specdec.target import Target
 from specdec.templates import Template
 from specdec.tuning.choice import Choice, Costs, Paths, Profile
 
@@ -58,6 +61,17 @@ class TreeFile:
         if not {"plain", "chosen"} <= expected.keys():
             return False
         return expected["plain"]["tokens_per_second"] > expected["chosen"]["tokens_per_second"]
+
+    def made_elsewhere(self, target: Target) -> list[str]:
+        """What of ``made_on`` is not so here, so that the costs are others: device, dtype, threads, compiled."""
+        here: dict[str, Any] = {
+            "device": device_name(target.device),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "compiled": target.graphs is not None,
+        }
+        if target.device.type == "cpu":
+            here["threads"] = torch.get_num_threads()
+        return [name for name, value in here.items() if self.made_on.get(name, value) != value]
 
     def refuse(self, drafter: str, vocab_size: int) -> None:
         """Raise ValueError where it was made for another drafter or vocabulary."""

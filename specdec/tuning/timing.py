@@ -61,8 +61,9 @@ def pass_seconds(
         sizes: N, the root included.
         repeats: timed passes per size.
         taps: states that the drafter will have recorded.
-        limit_s: no further round is begun after so many seconds, and only the largest size is warmed up; where passes
-            run as graphs every size is, since its first pass makes the graph. Warming up is not counted.
+        limit_s: for a measurement that a request waits for: after so many seconds nothing more is timed, and sizes that
+            were not come to are left out, all but the smallest and the largest; only the largest one is warmed up.
+            Where passes run as graphs, since the first pass makes the graph. Warming up is not counted.
         progress: told (done, of) rounds.
     """
     trees = {size: _tree(size, target, len(context.lengths)) for size in sizes}
@@ -70,12 +71,14 @@ def pass_seconds(
     for size in sizes if limit_s is None or target.graphs is not None else sizes[-1:]:
         target.run(context, trees[size], taps=taps)
     _wait(target.device)
-    begun = perf_counter()
+    begun, needed = perf_counter(), {sizes[0], sizes[-1]} if target.graphs is None else {*sizes}
     for turn in range(repeats):
-        if turn and limit_s is not None and perf_counter() - begun > limit_s:
-            break
         # There and back again: a pass that profits from its neighbour has another one the next time.
-        for size in sizes if turn % 2 else reversed(sizes):
+        order = sizes if turn % 2 else sizes[::-1]
+        for size in sorted(order, key=lambda size: size not in needed) if limit_s is not None and not turn else order:
+            late = limit_s is not None and perf_counter() - begun > limit_s
+            if late and all(spent[one] for one in needed):
+                break
             _wait(target.device)
             start = perf_counter()
             target.run(context, trees[size], taps=taps)
@@ -83,7 +86,7 @@ def pass_seconds(
             spent[size].append(perf_counter() - start)
         if progress is not None:
             progress(turn + 1, repeats)
-    return {size: statistics.median(times) for size, times in spent.items()}
+    return {size: statistics.median(times) for size, times in spent.items() if times}
 
 
 def curve(times: dict[int, float], stairs: bool = False) -> np.ndarray:
