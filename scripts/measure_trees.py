@@ -3,16 +3,17 @@
     python scripts/measure_trees.py --drafter token_recycling --tree my_tree.yaml --gsm8k train.jsonl [--rows 20]
         [--threads 2] [--compile] [--output results.json]
 
-Two measurements from one process, in which the methods take turns on every prompt, so that a drift of the machine hits
-all alike:
+Two measurements from one process, in which the methods take turns on every prompt, in a drawn order, so that a drift of
+the machine hits all alike:
 
 - ``heldout``: prompts that neither the target nor the tuning has seen, one request each.
-- ``stream``: one request after another whose text changes character: a question of arithmetic, a function to write, a
-  text to be copied. Drafters and adaptive trees keep what they know from request to request.
+- ``stream``: one request after another whose text changes character: greedy answers (``answer``), answers drawn at a
+  temperature of 1.5 (``hot``), and answers that must be twice as long, which end in repetition (``long``). Drafters and
+  adaptive trees keep what they know from request to request.
 
-Tokens per second of whole calls, ratios to the drafter's own tree, and their medians over prompts; rows whose greedy
-text ends in a loop are left out of ``heldout`` and counted. ``published`` is the method's published tree where it is
-not the drafter's default.
+Tokens per second of whole calls, ratios to the drafter's own tree and to the tuned one, and the interval of the latter
+that 95 % of paired resamplings of the requests fall into; rows whose greedy text ends in a loop are left out of
+``heldout`` and counted. ``published`` is the method's published tree where it is not the drafter's default.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,12 +42,22 @@ from specdec.evaluation.methods import all_graphs
 from specdec.evaluation.provenance import provenance
 from specdec.generation import Speculation, restore, speculation_of, using
 from specdec.graphs.passes import makings
-from specdec.loading import Loaded, demo_target
+from specdec.loading import demo_target
 from specdec.metrics import ends_in_loop
 from specdec.tuning.files import TreeFile
 
 PUBLISHED: dict[str, dict[str, Any]] = {"token_recycling": {"num_nodes": 80}, "medusa": {"tree": "mc_sim_7b_63"}}
-STREAM = ("math", "code", "copy")
+STREAM = ("answer", "hot", "long")
+RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, ``ids [1, W]``, with what ``generate`` is told."""
+
+    ids: Tensor
+    options: dict[str, Any]
+    kind: str = STREAM[0]
 
 
 @dataclass
@@ -107,77 +118,100 @@ def _time_choices(method: Method, drafter: Adaptive) -> None:
     drafter._choose = timed  # type: ignore[method-assign,assignment]
 
 
-def decode(model: Any, method: Method, ids: Tensor, new_tokens: int) -> Tensor:
+def decode(model: Any, method: Method, request: Request) -> Tensor:
     """One request, timed."""
+    ids = request.ids
+    torch.manual_seed(0)
     with using(model, method.handle):
         start = time.perf_counter()
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **request.options)
         method.seconds.append(time.perf_counter() - start)
     method.tokens.append(text.shape[1] - ids.shape[1])
     return text[0, ids.shape[1] :]
 
 
-def in_turns(model: Any, contenders: Sequence[Method], prompts: Sequence[Tensor], new_tokens: int) -> list[bool]:
-    """All methods on all prompts; whether each text loops, by plain decoding."""
+def in_turns(model: Any, contenders: Sequence[Method], requests: Sequence[Request]) -> list[bool]:
+    """All methods on all requests; whether each text loops, by plain decoding."""
     for method in contenders:  # warm-up: graphs of every size, pass times, the allocator
         with nullcontext() if method.handle is None else all_graphs(method.handle):
-            decode(model, method, prompts[0], 2 * new_tokens)
+            decode(model, method, long_one(requests[0]))
         method.clear()
     loops, made = [], makings()
     shuffled = random.Random(0)
-    for ids in prompts:
+    for request in requests:
         # Not in turns that repeat: who comes after a large tree finds its memory mapped, and is a twentieth quicker.
         order = shuffled.sample(contenders, len(contenders))
-        texts = {method.name: decode(model, method, ids, new_tokens) for method in order}
+        texts = {method.name: decode(model, method, request) for method in order}
         loops.append(ends_in_loop(texts["generate"].tolist()))
     assert makings() == made, "a graph was made in a timed call"
     return loops
 
 
 def figures(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]:
-    """Per method over the prompts that are kept: tokens/s, ratios to the drafter's own tree, what adapting took."""
-    own = next(method for method in contenders if method.name == "own")
+    """Per method over the requests that are kept: tokens/s, ratios to two of them, what adapting took."""
+    # [methods, 2, requests]: tokens, seconds
+    each = {method.name: np.array([method.tokens, method.seconds], float)[:, list(kept)] for method in contenders}
+    draws = np.random.default_rng(0).integers(len(kept), size=(RESAMPLES, len(kept)))
+
+    def rate(name: str, drawn: np.ndarray | None = None) -> Any:
+        tokens, seconds = each[name].sum(1) if drawn is None else each[name][:, drawn].sum(2)
+        return tokens / seconds
+
     said = {}
     for method in contenders:
-        tokens, seconds = sum(method.tokens[i] for i in kept), sum(method.seconds[i] for i in kept)
-        base = sum(own.tokens[i] for i in kept) / sum(own.seconds[i] for i in kept)
-        by_prompt = [
-            (method.tokens[i] / method.seconds[i]) / (own.tokens[i] / own.seconds[i]) for i in kept if own.tokens[i]
-        ]
-        said[method.name] = {
-            "tokens_per_second": tokens / seconds,
-            "over_own_tree": tokens / seconds / base,
-            "median_over_own_tree": statistics.median(by_prompt),
-            "mean_accepted_tokens": None if method.handle is None else method.handle.stats.mean_accepted_tokens,
-            "nodes": None if method.handle is None else method.handle.stats.nodes_per_verification,
+        name, stats = method.name, None if method.handle is None else method.handle.stats
+        resampled = rate(name, draws) / rate("tuned", draws)
+        said[name] = {
+            "tokens_per_second": float(rate(name)),
+            "over_own_tree": float(rate(name) / rate("own")),
+            "over_tuned": float(rate(name) / rate("tuned")),
+            "interval": np.percentile(resampled, INTERVAL).round(4).tolist(),
+            "mean_accepted_tokens": None if stats is None else stats.mean_accepted_tokens,
+            "nodes": None if stats is None else stats.nodes_per_verification,
             "choosing_share": method.choosing_s / sum(method.seconds),
         }
     return said
 
 
-def copying(question: str) -> str:
-    """A request whose answer repeats a text."""
-    return f"Repeat this text word for word, three times:\n{question}\n{question}\n{question}"
+def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[str, dict[str, float]]:
+    """Kind -> method -> tokens per second over those of the tuned tree."""
+    of_kind = {kind: [i for i, request in enumerate(requests) if request.kind == kind] for kind in STREAM}
+    rates = {
+        kind: {each.name: sum(each.tokens[i] for i in at) / sum(each.seconds[i] for i in at) for each in contenders}
+        for kind, at in of_kind.items()
+    }
+    return {kind: {name: rate / found["tuned"] for name, rate in found.items()} for kind, found in rates.items()}
 
 
-def stream_of(loaded: Loaded, questions: Sequence[Any]) -> list[Tensor]:
+def long_one(request: Request) -> Request:
+    """As long as any, and past every end."""
+    length = 2 * request.options["max_new_tokens"]
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+    return Request(request.ids, options, STREAM[2])
+
+
+def stream_of(requests: Sequence[Request]) -> list[Request]:
     """Requests of changing character, two of a kind one after another."""
-    by_kind = {kind: [item.turns[0] for item in questions if item.category == kind] for kind in ("math", "code")}
-    by_kind["copy"] = [copying(text) for text in by_kind["math"][::-1]]
-    pairs = min(len(texts) for texts in by_kind.values()) // 2
-    order = ((by_kind[kind][2 * pair + step]) for pair in range(pairs) for kind in STREAM for step in range(2))
-    return [loaded.encode(text) for text in order]
+    hot = {"do_sample": True, "temperature": 1.5, "top_k": 0}
+    made = []
+    for index, request in enumerate(requests):
+        kind = STREAM[index // 2 % len(STREAM)]
+        if kind == "hot":
+            request = Request(request.ids, request.options | hot, kind)
+        made.append(long_one(request) if kind == "long" else request)
+    return made
 
 
 def show(console: Console, title: str, said: dict[str, Any]) -> None:
     """A table of one measurement."""
     table = Table(title=title, title_justify="left")
-    for name in ("method", "tokens/s", "over own tree", "median", "accepted", "nodes", "choosing"):
+    for name in ("method", "tokens/s", "over own tree", "over tuned", "95 %", "accepted", "nodes", "choosing"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, row in said.items():
         accepted = "" if row["mean_accepted_tokens"] is None else f"{row['mean_accepted_tokens']:.2f}"
         nodes = "" if row["nodes"] is None else f"{row['nodes']:.1f}"
-        cells = (f"{row['tokens_per_second']:.1f}", f"{row['over_own_tree']:.3f}", f"{row['median_over_own_tree']:.3f}")
+        cells = [f"{row['tokens_per_second']:.1f}", f"{row['over_own_tree']:.3f}", f"{row['over_tuned']:.3f}"]
+        cells.append("{:.3f} to {:.3f}".format(*row["interval"]))
         table.add_row(name, *cells, accepted, nodes, f"{row['choosing_share']:.2%}")
     console.print(table)
 
@@ -206,26 +240,31 @@ def main() -> None:
         "drafter": options.drafter,
         "paths": [list(path) for path in TreeFile.read(options.tree).paths],
     }
-    prompts = [loaded.encode(question.turns[0]) for question in questions]
-    loops = in_turns(model, contenders, prompts, options.new_tokens)
+    greedy = {"max_new_tokens": options.new_tokens, "do_sample": False}
+    requests = [Request(loaded.encode(question.turns[0]), greedy) for question in questions]
+    loops = in_turns(model, contenders, requests)
     kept = [index for index, looping in enumerate(loops) if not looping]
     if not kept:
         raise SystemExit(f"all {len(loops)} texts end in a loop; expected more rows or shorter answers")
-    said["heldout"] = {"prompts": len(prompts), "looping": sum(loops), "methods": figures(contenders, kept)}
+    said["heldout"] = {"prompts": len(requests), "looping": sum(loops), "methods": figures(contenders, kept)}
     show(
         console,
-        f"{options.drafter}, held-out prompts: {len(kept)} of {len(prompts)} do not loop",
+        f"{options.drafter}, held-out prompts: {len(kept)} of {len(requests)} do not loop",
         said["heldout"]["methods"],
     )
-    stream = stream_of(loaded, questions)
-    if stream:
-        in_turns(model, contenders, stream, options.new_tokens)
-        said["stream"] = {"requests": len(stream), "methods": figures(contenders, range(len(stream)))}
-        show(
-            console,
-            f"{options.drafter}, a stream of {len(stream)} requests: {', '.join(STREAM)}",
-            said["stream"]["methods"],
-        )
+    stream = stream_of(requests)
+    in_turns(model, contenders, stream)
+    said["stream"] = {
+        "requests": len(stream),
+        "methods": figures(contenders, range(len(stream))),
+        "over_tuned_by_kind": by_kind(contenders, stream),
+    }
+    show(
+        console,
+        f"{options.drafter}, a stream of {len(stream)} requests: {', '.join(STREAM)}",
+        said["stream"]["methods"],
+    )
+    console.print(said["stream"]["over_tuned_by_kind"])
     text = json.dumps(said, indent=None if options.output is None else 1)
     if options.output is None:
         print(text)  # noqa: T201 - the result

@@ -159,8 +159,9 @@ def with_tree(drafter: Drafter, tree: Tree | None, model: Any) -> Drafter:
     if isinstance(tree, Mapping) and tree.get("path") == MISSING:
         raise ValueError("tree=tuned needs a file that specdec tune made: tree.path=FILE")
     if isinstance(tree, Mapping):
-        tree = build(tree)
-    recipe = tree if isinstance(tree, FixedTree | Adaptation) else FixedTree(paths=tree)
+        recipe = build(tree)
+    else:
+        recipe = tree if isinstance(tree, FixedTree | Adaptation) else FixedTree(paths=tree)
     if recipe == FixedTree():
         return drafter
     if not isinstance(drafter, Shaped):

@@ -17,7 +17,7 @@ from drafters.kangaroo import Kangaroo
 from drafters.medusa import Medusa
 from equality import VOCAB, tiny_llama
 from specdec import cli
-from specdec.adaptive import Adaptive
+from specdec.adaptive import Adaptation, Adaptive
 from specdec.build import build_drafter, choices, load, shaped_names, with_tree
 from specdec.evaluation.records import read_summary
 from specdec.interfaces import Shaped
@@ -107,8 +107,9 @@ def test_in_the_library(tmp_path: Path) -> None:
     assert specdec.speculation_of(model).drafter.needs.max_nodes == 64
     specdec.speculate(model, "medusa", tree="published")
     assert isinstance(specdec.speculation_of(model).drafter, Medusa)
-    specdec.speculate(model, tree="adaptive")
-    assert isinstance(specdec.speculation_of(model).drafter, Adaptive)
+    for tree in ("adaptive", Adaptation(interval=3)):
+        specdec.speculate(model, tree=tree)
+        assert isinstance(specdec.speculation_of(model).drafter, Adaptive)
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"drafter": "medusa", "tree": path}, "made for drafter 'token_recycling', got 'medusa'"),
         ({"drafter": "trigram", "tree": path}, "'trigram' has no tree.*token_recycling"),

@@ -1,7 +1,7 @@
 """Tree files: what ``specdec tune`` found, with the curves it was found from, as YAML that a person can read.
 
 A tree belongs to a drafter and a vocabulary; a file made for others is refused by name. On another target, device or
-dtype it is a valid tree that nobody has chosen.
+dtype it is a valid tree that nobody has chosen, and its costs are of no use there.
 """
 
 from __future__ import annotations
