@@ -29,6 +29,7 @@ from specdec.interfaces import DecodeState, Prefill
 from specdec.metrics import SpeculationStats
 from specdec.tree import TokenTree
 from test_contract import NEW_TOKENS, model_of, plain_text, prompts
+from test_graphs import _fresh_graphs as _fresh_graphs  # a fixture
 
 SHAPE = {
     "vocab_size": 128,
@@ -196,13 +197,22 @@ def test_a_profile_names_all_parts_and_leaves_nothing_behind() -> None:
     stepper = Stepper(subject(), 1, 20, 8, accepted=2, steps=8)
     commit, forward = decoding._commit, stepper.subject.model.forward
     seconds = profile(stepper, 4)
-    assert set(seconds) == set(PARTS)
+    assert set(seconds) == {*PARTS} - {"compiled forward"}
     assert all(value > 0 for value in seconds.values())
-    assert sum(seconds[part] for part in FORWARD) > 0.2 * sum(seconds.values())
+    assert sum(seconds[part] for part in FORWARD[1:]) > 0.2 * sum(seconds.values())
     assert decoding._commit is commit
     assert stepper.subject.model.forward == forward
     assert "forward" not in vars(stepper.subject.model)
     assert "propose" not in vars(stepper.handle.drafter)
+
+
+@pytest.mark.usefixtures("_fresh_graphs")
+def test_a_compiled_forward_is_one_part() -> None:
+    stepper = Stepper(subject(), 1, 20, 8, accepted=2, steps=8, modes={"compile": True})
+    seconds = profile(stepper, 4)
+    assert seconds["compiled forward"] > 0.2 * sum(seconds.values())
+    assert not {*FORWARD[1:]} & seconds.keys()
+    assert {"draft", "inputs", "masks", "verify", "accept", "keep", "commit"} < seconds.keys()
 
 
 # memory

@@ -54,7 +54,13 @@ def test_every_section(tmp_path: Path) -> None:
     assert not any("lookup_" in row["method"] for row in texts if row["batch_size"] == 2)
     assert all(row["bugs"] in (0, None) for row in texts if "bugs" in row)
     tables, page = (tmp_path / "performance_tables.md").read_text(), (tmp_path / "index.html").read_text()
-    for title in ("Step", "End to end, batch size 2", "Memory", "Who takes what in one step", "GPU: attention alone"):
+    for title in (
+        "Step",
+        "End to end, batch size 2",
+        "Memory",
+        "Who takes what in one step (demo)",
+        "GPU: attention alone",
+    ):
         assert f"### {title}" in tables
         assert f"<h2>{title}</h2>" in page
     pictures = {path.stem for path in tmp_path.glob("*.png")}

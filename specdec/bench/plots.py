@@ -138,8 +138,9 @@ def _bars(bars: Sequence[tuple[str, float]], unit: str, theme: Theme) -> Figure:
 
 
 def _stacked(rows: Sequence[Mapping[str, Any]], theme: Theme) -> Figure:
-    labels = [f"{row['model']}, {row['nodes']} x {row['rows']}" for row in rows]
-    figure, axes = _canvas(theme, len(rows) * _PITCH, left=170, right=220)
+    said = [", compiled" * row.get("compiled", False) for row in rows]
+    labels = [f"{row['model']}, {row['nodes']} x {row['rows']}{more}" for row, more in zip(rows, said, strict=True)]
+    figure, axes = _canvas(theme, len(rows) * _PITCH, left=230, right=220)
     _names(axes, labels, theme)
     used = [part for part in PARTS if any(row["parts_ms"].get(part) for row in rows)]
     starts = [0.0] * len(rows)

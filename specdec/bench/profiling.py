@@ -23,7 +23,7 @@ from specdec.metrics import SpeculationStats
 
 _ATTENTION, _FEED_FORWARD = ("self_attn", "attn", "attention"), ("mlp", "feed_forward")
 
-FORWARD = ("attention", "K/V written", "feed-forward", "head", "the rest of the forward")
+FORWARD = ("compiled forward", "attention", "K/V written", "feed-forward", "head", "the rest of the forward")
 """Parts of the model's forward; all others are ours."""
 PARTS = ("draft", "inputs", "masks", *FORWARD, "verify", "accept", "keep", "commit", "update", "statistics", "loop")
 """All parts, in the order of a step. ``loop`` is what is left of it."""
@@ -65,7 +65,7 @@ def profile(stepper: Stepper, steps: int, clock: Callable[[], float] = time.perf
     """Seconds per step by part: means over the quicker half of some steps, which nothing else has interrupted.
 
     Args:
-        stepper: whose steps; it runs ordinary passes, since a graph cannot be looked into.
+        stepper: whose steps; of a compiled pass the forward is one part, since nothing looks into a graph.
         steps: how many, after two that do not count.
         clock: for tests.
     """
@@ -95,13 +95,18 @@ def _watched(stepper: Stepper, watch: Stopwatch) -> Iterator[None]:
         (rule, "accept", "accept"),
         (decoding, "_commit", "commit"),
         (SpeculationStats, "record", "statistics"),
-        (model, "forward", "the rest of the forward"),
-        (model.get_output_embeddings(), "forward", "head"),
-        (TreeLayer, "update", "K/V written"),
     ]
-    for layer in handle.target.layers:
-        places += [(module, "forward", "attention") for module in _children(layer, _ATTENTION)]
-        places += [(module, "forward", "feed-forward") for module in _children(layer, _FEED_FORWARD)]
+    if (graphs := handle.target.graphs) is not None:
+        places += [(graphs, "_replay" if graphs.capture else "_run", "compiled forward")]
+    else:  # a model whose modules are wrapped is not run as a graph
+        places += [
+            (model, "forward", "the rest of the forward"),
+            (model.get_output_embeddings(), "forward", "head"),
+            (TreeLayer, "update", "K/V written"),
+        ]
+        for layer in handle.target.layers:
+            places += [(module, "forward", "attention") for module in _children(layer, _ATTENTION)]
+            places += [(module, "forward", "feed-forward") for module in _children(layer, _FEED_FORWARD)]
     with ExitStack() as stack:
         for owner, name, part in places:
             stack.enter_context(_replaced(owner, name, watch(part, getattr(owner, name))))

@@ -135,6 +135,7 @@ class ProfileOptions:
     Attributes:
         nodes: N.
         batches: rows.
+        compile: profile compiled passes, too, at the first batch size.
         context: committed tokens at the first step.
         accepted: draft tokens that stand in every step.
         steps: steps that count.
@@ -145,25 +146,33 @@ class ProfileOptions:
     context: int
     accepted: int
     steps: int
+    compile: bool
 
     def count(self, subjects: Sequence[Subject]) -> int:
         """Measurements."""
-        return len(subjects) * len(self.nodes) * len(self.batches)
+        return len(subjects) * len(self.points())
+
+    def points(self) -> list[tuple[int, int, bool]]:
+        """Nodes, rows, and whether passes are compiled."""
+        points = [(nodes, batch, False) for nodes in self.nodes for batch in self.batches]
+        return points + [(nodes, self.batches[0], True) for nodes in self.nodes if self.compile]
 
 
 def profiles(subjects: Sequence[Subject], options: ProfileOptions, bar: Bar) -> dict[str, Any]:
     """Who takes what in one step."""
     rows = []
     for subject in subjects:
-        for nodes, batch in ((nodes, batch) for nodes in options.nodes for batch in options.batches):
-            with _stepper(subject, (batch, options.context, nodes), options.accepted, options.steps + 2, {}) as stepper:
+        for nodes, batch, compiled in options.points():
+            point, modes = (batch, options.context, nodes), {"compile": True} if compiled else {}
+            with _stepper(subject, point, options.accepted, options.steps + 2, modes) as stepper:
                 seconds = profile(stepper, options.steps)
             parts = {part: 1e3 * seconds[part] for part in PARTS if part in seconds}
             whole = sum(parts.values())
             inside = sum(parts.get(part, 0.0) for part in FORWARD)
-            row = {"model": subject.name, "nodes": nodes, "rows": batch, "context": options.context, "parts_ms": parts}
+            row = {"model": subject.name, "nodes": nodes, "rows": batch, "compiled": compiled, "parts_ms": parts}
+            row["context"] = options.context
             rows.append(row | {"step_ms": whole, "forward_ms": inside, "outside_share": 1 - inside / whole})
-            bar.advance(1, f"{subject.name}, {nodes} nodes x {batch}")
+            bar.advance(1, f"{subject.name}, {nodes} nodes x {batch}{', compiled' * compiled}")
     return {"rows": rows}
 
 

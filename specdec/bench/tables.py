@@ -147,7 +147,9 @@ def _growth(section: Mapping[str, Any]) -> list[Table]:
         for row in section["rows"]
     ]  # fmt: skip
     names = ", ".join(subject["model"] for subject in section["subjects"])
-    return [Table(f"How a step grows ({names})", head, rows, "As in the first table; one of the three grows.")]
+    read = ", ".join(f"{max(subject['bytes_per_second'].values()) / 1e9:.1f} GB/s" for subject in section["subjects"])
+    note = f"As in the first table; one of the three grows. Read bandwidth when this was measured: {read}."
+    return [Table(f"How a step grows ({names})", head, rows, note)]
 
 
 def _memory(section: Mapping[str, Any]) -> list[Table]:
@@ -167,8 +169,12 @@ def _memory(section: Mapping[str, Any]) -> list[Table]:
 
 
 def _profile(section: Mapping[str, Any]) -> list[Table]:
-    columns = section["rows"]
-    head = ["part", *(f"{row['model']}, {row['nodes']} nodes x {row['rows']}" for row in columns)]
+    models = dict.fromkeys(row["model"] for row in section["rows"])
+    return [_profile_of(model, [row for row in section["rows"] if row["model"] == model]) for model in models]
+
+
+def _profile_of(model: str, columns: Sequence[Mapping[str, Any]]) -> Table:
+    names = [f"{row['nodes']} nodes x {row['rows']}{', compiled' * row.get('compiled', False)}" for row in columns]
     used = [part for part in PARTS if any(part in row["parts_ms"] for row in columns)]
 
     def cell(row: Mapping[str, Any], milliseconds: float) -> str:
@@ -180,9 +186,8 @@ def _profile(section: Mapping[str, Any]) -> list[Table]:
         rows.append([name, *(cell(row, row["parts_ms"].get(part, 0.0)) for row in columns)])
     rows.append(["all outside the forward", *(cell(row, row["step_ms"] - row["forward_ms"]) for row in columns)])
     rows.append(["step", *(f"{row['step_ms']:.3f} ms" for row in columns)])
-    return [
-        Table("Who takes what in one step", head, rows, "Each part without those inside it; means of the quicker half.")
-    ]
+    note = "Each part without those inside it; means of the quicker half."
+    return Table(f"Who takes what in one step ({model})", ["part", *names], rows, note)
 
 
 def _gpu(section: Mapping[str, Any]) -> list[Table]:

@@ -153,7 +153,7 @@ class Plan:
 
     def _profile(self) -> Section:
         options = self._options("profile", ProfileOptions)
-        count = 2 * len(options.nodes) * len(options.batches)
+        count = 2 * len(options.points())
         return self._section("profile", options, count, lambda bar: profiles(self._both, options, bar))
 
     def _memory(self) -> Section:

@@ -189,7 +189,7 @@ class GraphPasses:
             buffers, run = self._view(context, shape, states)
             tensors = buffers.fill(inputs, context.cache, states)
             with torch.inference_mode():
-                outputs = self._graph(shape, buffers)(tensors) if self.capture is None else self._replay(shape, run)
+                outputs = self._run(shape, buffers, tensors) if self.capture is None else self._replay(shape, run)
                 logits, found = unpack(shape, outputs, nodes)
         except _RowsAreFixed:
             self._made.fixed.add(route)
@@ -305,6 +305,9 @@ class GraphPasses:
             kinds = self.kinds if self.by_layer else self.kinds[:1]
             self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
         return self._views[shape]
+
+    def _run(self, shape: PassShape, buffers: Buffers, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._graph(shape, buffers)(tensors)
 
     def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:
         """The graph of these passes: known, on disk, or made now; without a compiler the model's own forward."""
