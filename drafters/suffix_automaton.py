@@ -8,14 +8,19 @@ best-first tree by counts. Where neither match is long enough, an auxiliary draf
 Differences from the authors' code, where it falls short of what the method means: the most recent occurrence instead
 of the earliest; a copy that reaches the end of the text goes on with itself, as the repetition it assumes would;
 chains end where they end instead of being filled with token 0; sampling is the target's own.
+
+Without a corpus or an auxiliary drafter every draft is a chain, and its greatest length, ``num_draft_tokens``, can be
+tuned and may change between steps (``Shaped``). How long a draft is up to there, the match decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from drafters.automaton import SuffixAutomaton
+from drafters.base import ChainDrafter
 from drafters.datastore import Datastore
 from drafters.tries import Nodes, by_row, can_share, chain_nodes, most_frequent
 from specdec.interfaces import DecodeState, Drafter, Needs, Prefill, Verification
@@ -23,11 +28,12 @@ from specdec.target import Target
 from specdec.tree import TokenTree, pad_rows
 
 
-class SamDecoding:
+class SamDecoding(ChainDrafter):
     """Draft from the longest match in the text so far or in a corpus, or by another drafter where both are short.
 
     Args:
-        num_draft_tokens: longest chain copied from the text, and nodes of a tree from the corpus.
+        num_draft_tokens: longest chain copied from the text, and nodes of a tree from the corpus. What is tuned, where
+            there is neither a corpus nor an auxiliary drafter.
         length_factor: a match of m tokens allows ``1 + int(length_factor * m)`` draft tokens (published: 4, for longer
             chains).
         min_match: shortest match that is used.
@@ -81,7 +87,21 @@ class SamDecoding:
 
     def _needs(self) -> Needs:
         theirs = Needs() if self.auxiliary is None else self.auxiliary.needs
-        return replace(theirs, max_nodes=max(self.num_draft_tokens + 1, theirs.max_nodes))
+        return replace(theirs, max_nodes=max(self.most_nodes, theirs.max_nodes))
+
+    @property
+    def widest(self) -> int:
+        """A chain; 0 where some drafts come from a corpus or from another drafter."""
+        return 1 if self.corpus is None and self.auxiliary is None else 0
+
+    def reshape(self, paths: Sequence[Sequence[int]]) -> None:
+        """Copy chains of at most another length from the next step on."""
+        if not self.widest:
+            raise ValueError(
+                "suffix_automaton with a corpus or an auxiliary drafter proposes more than chains from the text; "
+                "expected path=null and auxiliary=null"
+            )
+        super().reshape(paths)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """Begin one automaton per row."""

@@ -17,6 +17,12 @@ the children of a node share them such that the scores of all those that get mor
 so each node costs one equation for its level, solved where it is needed: the most visited node first. The mean values
 follow from the same shares one level further down.
 
+The loops here are over the k successors of one pair (12 by default, in at most 12 rounds of the equation), and over the
+``num_paths`` kept nodes (24) with ``num_greedy`` successors each (3). They are Python's and over plain floats, because
+so few numbers take arrays longer: the equation 5 times as long at k = 4, twice as long at k = 12, as long at k = 48.
+A draft whose every pair has several successors took 3 times as long with it in numpy, and proposed the same. Nodes
+cannot be taken together either: which one is next is known when the visits of those before it have been shared out.
+
 Differences from the authors' code: their sum of scores looks each one up under the wrong half of the next pair, which
 leaves W / N close to 1; children come in the order of a hash map there, and expansion goes down to the last of them.
 """

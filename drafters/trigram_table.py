@@ -72,7 +72,11 @@ class TrigramTable:
         return tokens[:count], self._scores[row, :count].tolist()
 
     def learn(self, text: list[int], step: float, cap: float) -> None:
-        """Add ``step`` to the score of every tri-gram of ``text``, up to ``cap``; one seen first starts from 0."""
+        """Add ``step`` to the score of every tri-gram of ``text``, up to ``cap``; one seen first starts from 0.
+
+        One after the other, because a tri-gram may change the row that the next one finds: the 14 of a window in a
+        step, those of the prompt once per request.
+        """
         if len(text) < 3:
             return
         self._clock += 1

@@ -28,7 +28,7 @@ import numpy as np
 from specdec.interfaces import DecodeState, Drafter, Prefill, Shaped, Verification
 from specdec.target import Target
 from specdec.tree import TokenTree, root_only
-from specdec.tuning.calibration import StepCost, fit_costs
+from specdec.tuning.calibration import StepCost, fit_costs, why_none
 from specdec.tuning.choice import Costs, Profile, choose, expect
 from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
 from specdec.tuning.files import TreeFile
@@ -135,7 +135,7 @@ class Adaptive:
             return reason
         shaped, settings = self.shaped, self.settings
         if shaped.widest < 1:
-            return "a drafter whose tree can be exchanged as it is set up"
+            return f"a drafter whose tree can be exchanged as it is set up: {why_none(shaped)}"
         known = self._target is not None and self._target.model is target.model
         if self._target is None:
             self._initial = tuple(shaped.tree_paths)

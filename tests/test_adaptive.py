@@ -30,9 +30,11 @@ from specdec.tuning.files import TreeFile
 from test_contract import check_cache, check_statistics, generate, model_of, plain_text, prompts
 from zoo import untrained
 
-pytestmark = untrained("medusa", "hydra_heads", "kangaroo")
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
-WRAPPED = ("token_recycling", "medusa", "hydra_heads", "prompt_lookup", "kangaroo", "early_exit", "swift")
+CHAINS: dict[str, dict[str, Any]] = {"draft_model": {"shape": "chain"}}  # by default it grows trees of its own
+WRAPPED = ["token_recycling", "medusa", "hydra_heads", "prompt_lookup", "suffix_automaton", "draft_model"]
+WRAPPED += ["kangaroo", "early_exit", "swift"]
 SOON = Adaptation(interval=2, half_life=8, strength=2, gain=0.0, max_nodes=12, max_depth=4, max_width=4)
 
 
@@ -53,7 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_greedy_text_is_the_targets_own(name: str, family: str, batch: int) -> None:
     model, inputs = model_of(family), prompts(batch)
-    built = Adaptive(build_drafter(name), SOON)
+    built = Adaptive(build_drafter(name, **CHAINS.get(name, {})), SOON)
     sizes = set()
     for _ in range(2):
         output, trace = generate(model, built, inputs)

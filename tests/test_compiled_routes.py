@@ -1,4 +1,5 @@
-"""Passes over a part of the target, really compiled: layer ranges, taps, states that enter, skipped sub-layers.
+"""Passes over a part of the target, really compiled: layer ranges, taps, states that enter, skipped sub-layers, the
+attention kernels.
 
 ``tests/test_graphs.py`` traces such passes and lets torch run them operation by operation; here code is generated and
 built, which takes a minute or more for each drafter.
@@ -6,14 +7,18 @@ built, which takes a minute or more for each drafter.
 
 from __future__ import annotations
 
+import importlib
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import specdec
-from specdec.build import build_drafter, build_verifier
+import zoo
+from scripted import RightAmongDecoys
+from specdec.build import build_attention, build_drafter, build_verifier
 from specdec.generation import attach, speculation_of
 from test_contract import prompts
 from zoo import build, untrained
@@ -58,3 +63,40 @@ def test_text_through_compiled_parts_is_the_targets_own(
     compiled = [line for line in told if line.startswith("compiled")]
     for part in parts:
         assert any(part in line for line in compiled), told
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need Triton (extra 'kernels')")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compiled_passes_launch_the_attention_kernels(
+    batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of trees with siblings, in all rows; generated code calls the kernels, which the interpreter runs."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    kernel, launched, told = importlib.import_module("verifiers.kernels.tree_attention"), list[int](), list[str]()
+    launch = kernel._launch
+
+    def counting(*arguments: Any) -> Any:
+        launched.append(1)
+        return launch(*arguments)
+
+    model = build("llama")
+    inputs, expected = zoo.clear_prompts(model, batch, NEW_TOKENS)
+    right = expected[:, inputs["input_ids"].shape[1] :].tolist()
+    drafter = RightAmongDecoys(zoo.VOCAB, 3, right)
+    attach(model, drafter, build_verifier("tree_attention"), told.append, attention=build_attention("triton"))
+    monkeypatch.setattr(kernel, "_launch", counting)
+    passes = 0
+    try:
+        for _ in range(2):  # on the way compiled, then compiled from the start
+            launched.clear()
+            assert model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist() == expected.tolist()
+            passes = speculation_of(model).last.passes
+        target = speculation_of(model).target
+        assert target.attention is not None
+        assert target.graphs is not None
+        assert target.graphs.failures == {}
+    finally:
+        specdec.restore(model)
+    assert any(line.startswith("compiled") for line in told), told
+    assert passes < NEW_TOKENS / 3, "trees were accepted"
+    assert len(launched) == passes * model.config.num_hidden_layers

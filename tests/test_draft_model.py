@@ -26,6 +26,7 @@ from specdec.decoding import Step
 from specdec.interfaces import DecodeState
 from specdec.loading import demo_target
 from specdec.target import PassOutput, Target
+from specdec.templates import chain_paths
 from specdec.tree import WITH_REPLACEMENT, WITHOUT_REPLACEMENT, TokenTree
 from test_law import p_value, sample, toy_model
 from zoo import PAD, REFUSED, VOCAB, build, untrained
@@ -141,6 +142,43 @@ def test_a_draft_model_that_is_the_target_is_always_right(shape: str) -> None:
     stats = generate(model, drafter, inputs, max_new_tokens=4 * 5 + 1).speculation
     assert stats.accepted_lengths == {3: 5}
     assert stats.mean_accepted_tokens == 4
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_length_of_a_chain_may_change_between_steps(batch: int, sampled: bool) -> None:
+    model, inputs, draft = target_of("llama"), inputs_of(batch), relative("llama", 0.05)
+    drafter = DraftModel(draft, "chain", **SIZES)
+    watch, lengths, deepest = Watch(drafter, draft, inputs["attention_mask"].sum(1).tolist()), [3], list[int]()
+
+    def exchange(state: DecodeState, step: Step) -> None:
+        watch(state, step)
+        if step.tree is not None:
+            assert step.tree.topology.max_depth <= lengths[-1]
+            deepest.append(step.tree.topology.max_depth)
+        lengths.append((1, 6, 2, 4)[len(lengths) % 4])
+        drafter.reshape(chain_paths(lengths[-1]))
+        assert (drafter.tree_paths, drafter.needs.max_nodes) == (chain_paths(lengths[-1]), lengths[-1] + 1)
+
+    options: dict[str, Any] = {"acceptance": "target_sampling", "do_sample": True, "top_k": 7} if sampled else {}
+    expected = generate(model, "none", inputs, **options).sequences.tolist()
+    assert generate(model, drafter, inputs, exchange, **options).sequences.tolist() == expected
+    assert {1, 2, 6} <= set(deepest)
+
+
+def test_only_a_single_chain_has_a_length_to_choose() -> None:
+    for shape in SHAPES:
+        drafter = DraftModel(shape=shape, **SIZES)
+        assert drafter.widest == (shape == "chain")
+        if shape == "chain":
+            assert (drafter.tree_paths, drafter.deepest) == (chain_paths(SIZES["depth"]), None)
+            continue
+        assert drafter.tree_paths == []
+        before = drafter.shape, drafter.needs
+        with pytest.raises(ValueError, match="expected shape=chain"):
+            drafter.reshape(chain_paths(2))
+        assert (drafter.shape, drafter.needs) == before
+    assert DraftModel(shape="chains", width=1, depth=2).tree_paths == chain_paths(2)
 
 
 class Counting(Target):

@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = 99 * 1024  # what GPUs of consumers have for a block
 AMPERE, HOPPER = 80, 90
 THREADS = 128
+SPILLED = {  # bytes per thread, of the tiles that need a few registers more than there are: GPU, dtype, head size, rows
+    (AMPERE, "fp32", 256, 64): 8,
+    (HOPPER, "fp32", 256, 64): 8,
+    (AMPERE, "bf16", 80, 32): 8,
+    (AMPERE, "bf16", 96, 32): 8,
+}
 
 
 def compiled(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,11 +75,11 @@ def check_move(answer: dict[str, Any], few: bool = False, spilled: int = 0) -> N
 def test_the_whole_table(arch: int) -> None:
     cases = [attention(arch, rows, dim) for dim in (64, 128, 256) for rows in (4, 32, 64, 256)]
     cases += [attention(arch, rows, dim, "fp16") for dim in (80, 96) for rows in (4, 256)]
+    cases += [attention(arch, rows, dim) for dim in (80, 96) for rows in (4, 32, 64, 256)]
     cases += [attention(arch, rows, 128, capped=True) for rows in (4, 64, 256)]
-    cases += [attention(arch, 64, dim, "fp32") for dim in (64, 128, 256)]
+    cases += [attention(arch, 64, dim, "fp32") for dim in (64, 80, 96, 128, 256)]
     for case, answer in zip(cases, compiled([dict(case) for case in cases]), strict=True):
-        # Head size 256 in float32 needs a few registers more than there are.
-        check_attention(case, answer, spilled=16 if (case["dtype"], case["dim"]) == ("fp32", 256) else 0)
+        check_attention(case, answer, SPILLED.get((arch, case["dtype"], case["dim"], case["rows"]), 0))
 
 
 @pytest.mark.slow

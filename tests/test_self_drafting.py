@@ -33,6 +33,19 @@ def test_the_comb() -> None:
     assert shape.topology.ancestors.sum(-1).tolist() == [[1, 2, 3, 4, 2, 2, 4]], "mask rows sum to depth + 1"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_any_comb_is_its_definition(seed: int) -> None:
+    widths = torch.randint(1, 11, (3 * seed + 1,), generator=torch.Generator().manual_seed(seed)).tolist()
+    depth, shape = len(widths), comb(tuple(widths), CPU)
+    nodes = [(0, 0, 0), *((d, d + 1, 0) for d in range(depth))]  # parent, depth, rank
+    nodes += [(d, d + 1, rank) for d, width in enumerate(widths) for rank in range(1, width)]
+    parents, depths, ranks = map(list, zip(*nodes, strict=True))
+    assert shape.topology.parents.tolist() == [parents]
+    assert shape.topology.depths.tolist() == [depths] == [shape.depths.tolist()]
+    assert shape.rank.tolist() == [ranks] == [shape.ranks.tolist()]
+    assert shape.topology.max_depth == depth
+
+
 def test_rows_that_stop_earlier_or_are_narrower_get_padding() -> None:
     ranked = [torch.tensor([[10, 11, 12], [20, 21, 22]]), torch.tensor([[13, 14, 15], [23, 24, 25]])]
     tree = comb_tree(torch.tensor([1, 2]), Draft(ranked, [], [2, 1], []), [[3, 2], [2, 3]], "comb")

@@ -30,6 +30,7 @@ from specdec.demo.heldout import heldout_functions
 from specdec.interfaces import DecodeState, History, Prefill, Verification
 from specdec.loading import demo_target
 from specdec.metrics import SpeculationStats, ends_in_loop
+from specdec.templates import chain_paths
 from specdec.tree import PADDING, Draws, TokenTree, Topology, pad_rows
 from test_acceptance import random_tree
 from test_contract import generate, model_of, prompts
@@ -136,6 +137,33 @@ def test_a_chain_per_row_as_long_as_its_match_allows() -> None:
     assert known(drafter.propose(state)) == [[6, 7, 8, 9], [1, 2, 3, -1], [3, -1, -1, -1], [6, -1, -1, -1]]
     drafter = begun(SamDecoding(num_draft_tokens=2, min_match=2), state)
     assert known(drafter.propose(state)) == [[6, 7, 8], [1, -1, -1], [3, -1, -1], [6, -1, -1]]
+
+
+def test_the_longest_draft_may_change_between_steps() -> None:
+    state = state_of([[5, 6, 7, 8, 9, 5, 6], [1, 2, 3, 1]])
+    drafter = begun(SamDecoding(length_factor=2.0), state)
+    assert (drafter.widest, drafter.deepest, drafter.tree_paths) == (1, None, chain_paths(10))
+    # Matches of two tokens and of one: they allow 5 and 3 tokens, of which the longest draft leaves some.
+    drafts = {
+        1: [[6, 7], [1, 2]],
+        9: [[6, 7, 8, 9, 5, 6], [1, 2, 3, 1, -1, -1]],
+        4: [[6, 7, 8, 9, 5], [1, 2, 3, 1, -1]],
+    }
+    for longest, expected in drafts.items():
+        drafter.reshape(chain_paths(longest))
+        assert known(drafter.propose(state)) == expected
+        assert (drafter.tree_paths, drafter.needs.max_nodes) == (chain_paths(longest), longest + 1)
+
+
+def test_only_copies_from_the_text_have_a_length_to_choose() -> None:
+    with_corpus = SamDecoding()
+    with_corpus.corpus = corpus([[1, 2, 3]])
+    for drafter in (with_corpus, SamDecoding(auxiliary=TokenRecycling())):
+        assert (drafter.widest, drafter.tree_paths) == (0, [])
+        before = drafter.needs
+        with pytest.raises(ValueError, match="expected path=null and auxiliary=null"):
+            drafter.reshape(chain_paths(3))
+        assert (drafter.num_draft_tokens, drafter.needs) == (10, before)
 
 
 def test_the_automata_follow_the_text() -> None:

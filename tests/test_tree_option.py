@@ -27,8 +27,9 @@ from specdec.tuning.files import TreeFile
 from zoo import build as build_family
 from zoo import prompts, untrained
 
-pytestmark = untrained("medusa", "hydra_heads", "kangaroo")
+pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 
+CHAINS: dict[str, dict[str, Any]] = {"draft_model": {"shape": "chain"}}  # by default it grows trees of its own
 TREES = [[(0,)], [(0,), (1,), (0, 0), (1, 0), (0, 1)], [(0,), (0, 0), (0, 0, 0)], [(rank,) for rank in range(5)]]
 
 
@@ -40,7 +41,8 @@ def written(folder: Path, drafter: str = "token_recycling", vocab_size: int = VO
 
 
 def test_who_has_a_tree_to_choose() -> None:
-    shaped = ["early_exit", "hydra_heads", "kangaroo", "medusa", "prompt_lookup", "swift", "token_recycling"]
+    shaped = ["draft_model", "early_exit", "hydra_heads", "kangaroo", "medusa", "prompt_lookup", "suffix_automaton"]
+    shaped += ["swift", "token_recycling"]
     assert shaped_names() == shaped
     for name in shaped:
         assert isinstance(build_drafter(name), Shaped)
@@ -55,7 +57,7 @@ def test_exchanged_between_any_two_steps(name: str, family: str) -> None:
     ids, mask = prompts(3)
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     plain = model.generate(**arguments)
-    specdec.speculate(model, name)
+    specdec.speculate(model, name, **CHAINS.get(name, {}))
     handle = specdec.speculation_of(model)
     drafter: Any = handle.drafter
     trees = TREES if drafter.widest > 1 else [chain_paths(length) for length in (1, 5, 2, 3)]
@@ -80,7 +82,7 @@ def test_exchanged_between_any_two_steps(name: str, family: str) -> None:
 @pytest.mark.parametrize("name", shaped_names())
 def test_trees_that_cannot_be_filled(name: str) -> None:
     model = build_family("llama")
-    specdec.speculate(model, name)
+    specdec.speculate(model, name, **CHAINS.get(name, {}))
     drafter: Any = specdec.speculation_of(model).drafter
     before = drafter.tree_paths
     wrong: list[Any] = [[], [[1]], [[0], [0]]]
@@ -113,7 +115,7 @@ def test_in_the_library(tmp_path: Path) -> None:
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"drafter": "medusa", "tree": path}, "made for drafter 'token_recycling', got 'medusa'"),
         ({"drafter": "trigram", "tree": path}, "'trigram' has no tree.*token_recycling"),
-        ({"drafter": "suffix_automaton", "tree": "adaptive"}, "'suffix_automaton' has no tree.*prompt_lookup"),
+        ({"drafter": "lookahead", "tree": "adaptive"}, "'lookahead' has no tree.*prompt_lookup"),
         ({"drafter": "medusa", "tree": "oak"}, "unknown tree 'oak'; known: mc_sim_7b_63"),
         ({"drafter": "prompt_lookup", "tree": "oak"}, "takes no tree"),
         ({"drafter": "medusa", "tree": [[0] * depth for depth in range(1, 9)]}, "4 levels"),
@@ -171,6 +173,6 @@ def test_on_the_command_line(
         assert "identical texts: 1 of 1" in capsys.readouterr().out
     assert "tree.path=FILE" in said("tree=tuned")
     assert "made for a vocabulary of 48" in said(f"tree.path={written(tmp_path)}")
-    assert "these have: early_exit" in said("tree=adaptive", "drafter=trigram")
+    assert "these have: draft_model, early_exit" in said("tree=adaptive", "drafter=trigram")
     assert "takes: path, interval" in said("tree=adaptive", "tree.speed=3")
     assert "expected interval" in said("tree=adaptive", "tree.interval=0")

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from drafters import trigram_table
+from drafters import trigram_search, trigram_table
 from drafters.trigram import Adaptation, Trigram
 from drafters.trigram_search import ExpectedSearch, Pair, SearchSettings, plain_search, share_visits
 from drafters.trigram_search import Path as Branch
@@ -300,6 +300,58 @@ def drafted(table: TrigramTable, pair: Pair, settings: SearchSettings, num_nodes
     tree = pad_rows(torch.tensor([pair[1]]), [tokens], [parents])
     tree.check()
     return tree
+
+
+# The table and the pair of ``recorded_cases`` -> tokens and parents that were drafted for 24 nodes.
+RECORDED: dict[tuple[str, int], tuple[list[int], list[int]]] = {
+    ("cold", 0): ([54, 122, 111, 137, 137, 179], [0, 1, 2, 3, 4, 5]),
+    ("warm", 22): (
+        [78, 199, 261, 94, 86, 152, 272, 80, 203, 262, 66, 122, 7, 278, 5, 287, 166, 145, 290, 238, 75, 132],
+        [0, 1, 0, 0, 3, 4, 5, 6, 7, 9, 10, 8, 12, 13, 2, 2, 15, 17, 18, 16, 20, 21],
+    ),
+    ("dense", 5): (
+        [36, 17, 21, 38, 4, 23, 38, 1, 4, 22, 9, 22, 20, 23, 4, 20, 12, 3, 4, 13, 3, 36, 11, 38],
+        [0, 1, 1, 0, 1, 3, 5, 0, 4, 6, 4, 3, 1, 2, 9, 2, 8, 5, 2, 8, 7, 16, 11, 14],
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "number"), RECORDED)
+def test_what_was_proposed_is_proposed(kind: str, number: int) -> None:
+    table, pair = recorded_cases(kind)[number]
+    assert ExpectedSearch(table.successors, SearchSettings()).draft(pair, 24) == RECORDED[kind, number]
+
+
+def shared_in_arrays(
+    scores: Sequence[float], values: Sequence[float], visits: float, settings: SearchSettings
+) -> list[float]:
+    """The same as ``share_visits``, all children at once."""
+    count = len(scores)
+    if count <= 1 or visits <= count:
+        return [visits] * count if count <= 1 else np.clip(visits - np.arange(count), 0.0, 1.0).tolist()
+    priors, means = settings.weight(visits) * np.asarray(scores), np.asarray(values)
+    level = float((means + priors / (visits - count + 2.0)).max())
+    for _ in range(trigram_search._ROUNDS):
+        ratios = priors / (level - means)
+        more = ratios > 2.0
+        total, slope = float(ratios[more].sum()), float((ratios / (level - means))[more].sum())
+        wanted = visits + 2 * int(more.sum()) - count
+        step = total * (total / wanted - 1.0) / slope if slope else 0.0
+        level += step
+        if abs(step) < trigram_search._PRECISE * level:
+            break
+    return np.maximum(priors / (level - means) - 1.0, 1.0).tolist()
+
+
+@pytest.mark.parametrize("kind", ["cold", "warm", "dense"])
+def test_loops_and_arrays_propose_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drafts() -> list[tuple[list[int], list[int]]]:
+        searches = ((ExpectedSearch(table.successors, SearchSettings()), pair) for table, pair in recorded_cases(kind))
+        return [search.draft(pair, 24) for search, pair in searches]
+
+    looped = drafts()
+    monkeypatch.setattr(trigram_search, "share_visits", shared_in_arrays)
+    assert drafts() == looped
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 7, 24, 64])

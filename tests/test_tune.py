@@ -31,7 +31,7 @@ def test_a_tuned_set_is_written_and_read_back(tmp_path: Path, monkeypatch: pytes
     assert load_skip_set(output).as_dict() == {"attention": entry["attention"], "mlp": entry["mlp"]}
 
 
-@pytest.mark.parametrize("drafter", ["token_recycling", "prompt_lookup"])
+@pytest.mark.parametrize("drafter", ["token_recycling", "prompt_lookup", "suffix_automaton", "draft_model"])
 def test_a_tuned_tree_is_written_and_read_back(
     drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,7 +40,8 @@ def test_a_tuned_tree_is_written_and_read_back(
     monkeypatch.setattr("sys.argv", ["specdec"])
     small = ("threads=1", "dtype=float32", "max_new_tokens=16", "max_nodes=12", "max_depth=4", "calibration_nodes=20")
     options = ("contexts=[8,40]", "repeats=2", f"prompts_file={data}", f"output={output}")
-    cli.main(["tune", f"drafter={drafter}", *options, *small])
+    chosen = [f"drafter={drafter}", *(["drafter.shape=chain"] if drafter == "draft_model" else [])]
+    cli.main(["tune", *chosen, *options, *small])
     said = capsys.readouterr().out
     assert "chosen" in said
     assert str(output.with_suffix(".png")) in said.replace("\n", "")
@@ -59,7 +60,7 @@ def test_a_tuned_tree_is_written_and_read_back(
     learns = drafter == "token_recycling"
     assert ("rates_cold" in file.more) == learns
     assert file.profile.is_chain == (not learns)
-    cli.main(["generate", "prompt=def f(x):", "compare=true", f"drafter={drafter}", f"tree.path={output}", *small[:3]])
+    cli.main(["generate", "prompt=def f(x):", "compare=true", *chosen, f"tree.path={output}", *small[:3]])
     assert "identical texts: 1 of 1" in capsys.readouterr().out
 
 
@@ -79,6 +80,11 @@ def test_lines_of_a_file() -> None:
         (["tune", "what=leaves"], "known: tree, drafter"),
         (["tune", "drafter=trigram"], "token_recycling"),
         (["tune", "drafter=kangaroo", "drafter.shape=top_k"], "no tree to tune as it is set up"),
+        (["tune", "drafter=draft_model"], "no tree to tune as it is set up: draft_model grows"),
+        (
+            ["tune", "drafter=suffix_automaton", "drafter.auxiliary=lookahead"],
+            "as it is set up: suffix_automaton with a corpus",
+        ),
         (["tune", "drafter=prompt_lookup", "contexts=[4000]"], "2048"),
         (["tune", "drafter=prompt_lookup", "state=luke"], "known: warm, cold"),
         (["tune", "drafter=prompt_lookup", "tree=adaptive"], "takes none"),

@@ -17,7 +17,7 @@ from specdec.decoding import Step
 from specdec.generation import Speculation, speculation_of, using
 from specdec.interfaces import DecodeState, Shaped
 from specdec.templates import chain_paths, ranked_paths
-from specdec.tuning.calibration import StepCost, Watch, calibrate, fit_costs, plain_seconds, wide_tree
+from specdec.tuning.calibration import StepCost, Watch, calibrate, fit_costs, plain_seconds, why_none, wide_tree
 from specdec.tuning.choice import Choice, Costs, Paths, Profile, choose, expect
 from specdec.tuning.counts import AcceptanceCounts
 from specdec.tuning.files import TreeFile, described
@@ -99,10 +99,10 @@ class TreeTuner:
         session.attach(session.config["drafter"])
         self.handle: Speculation = speculation_of(session.model)
         drafter = self.handle.drafter
-        if not isinstance(drafter, Shaped) or drafter.widest < 1:
-            raise ValueError(
-                f"drafter {drafter.name!r} has no tree to tune as it is set up; these have: {', '.join(shaped_names())}"
-            )
+        if not isinstance(drafter, Shaped):
+            raise ValueError(f"drafter {drafter.name!r} has no tree to tune; these have: {', '.join(shaped_names())}")
+        if drafter.widest < 1:
+            raise ValueError(f"drafter {drafter.name!r} has no tree to tune as it is set up: {why_none(drafter)}")
         self.drafter: Shaped = drafter
         self.published = drafter.tree_paths
         self.is_chain = drafter.widest == 1

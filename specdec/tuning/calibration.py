@@ -101,6 +101,15 @@ class Watch:
         return Profile(rows, self.lengths.offered(), self.lengths.widths())
 
 
+def why_none(drafter: Shaped) -> str:
+    """Why a drafter has no tree to exchange as it is set up, in its own words."""
+    try:
+        drafter.reshape(chain_paths(1))
+    except ValueError as error:
+        return str(error)
+    return "it has none before it is bound to a target"
+
+
 def wide_tree(widest: int, max_depth: int, num_nodes: int) -> Paths:
     """A tree to calibrate with: all ranks where walks mostly go, deeper and less likely places as far as it reaches."""
     if widest == 1:

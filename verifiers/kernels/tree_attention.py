@@ -216,10 +216,10 @@ def padded_dim(dim: int) -> int:
 def launch_for(rows: int, dim: int, dtype: torch.dtype, generation: int) -> Launch:
     """The tile for M packed rows of head size D.
 
-    No tile spills registers (float32 at head size 256 alone: two of them) or needs more than 99 KB of shared memory, so
-    that one table serves every GPU since Ampere (``tests/test_kernels_ahead.py`` compiles all of them). float32 goes
-    through the matrix units in three parts, which keeps its precision. In the interpreter a tile costs the same
-    whatever its size.
+    No tile needs more than 99 KB of shared memory, so that one table serves every GPU since Ampere, and none spills
+    registers but two, of two registers each: float32 at head size 256, and 32 rows of 16-bit numbers at head sizes 80
+    and 96 on sm80 (``tests/test_kernels_ahead.py`` compiles all of them). float32 goes through the matrix units in
+    three parts, which keeps its precision. In the interpreter a tile costs the same whatever its size.
 
     Args:
         generation: major compute capability of the GPU.
