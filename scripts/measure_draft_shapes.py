@@ -95,9 +95,8 @@ def summary(stats: SpeculationStats) -> dict[str, float]:
 
 def main() -> None:
     """Measure every method and print the table."""
-    root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, default=root.parent / "shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")

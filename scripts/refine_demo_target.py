@@ -140,7 +140,7 @@ def update(
 def main() -> None:
     """Parse the command line and refine or export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--gsm8k", type=Path, default=Path("train.jsonl"), help="fetched if it is not there")
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo_target_refined", help="checkpoint and log")
     parser.add_argument("--start", type=Path, default=TARGET, help="the exported model of the first stage")
     parser.add_argument("--target", type=Path, default=TARGET, help="where the exported model goes")

@@ -143,7 +143,7 @@ def evaluate(
 def main() -> None:
     """Parse the command line and train, export or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--gsm8k", type=Path, default=Path("train.jsonl"), help="fetched if it is not there")
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo_draft", help="checkpoint and log")
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--draft", type=Path, default=DRAFT, help="where the exported model goes")

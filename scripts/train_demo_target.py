@@ -329,7 +329,7 @@ def evaluate(target: Path, recipe: Recipe, gsm8k: Path, samples: int = 3, count:
 def main() -> None:
     """Parse the command line and train, export or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gsm8k", type=Path, default=ROOT.parent / "shared/data/gsm8k/train.jsonl")
+    parser.add_argument("--gsm8k", type=Path, default=Path("train.jsonl"), help="fetched if it is not there")
     parser.add_argument("--work", type=Path, default=ROOT / "build/demo_target", help="checkpoint, tokenizer and log")
     parser.add_argument("--target", type=Path, default=TARGET, help="where the exported model goes")
     parser.add_argument("--steps", type=int, default=1900)
