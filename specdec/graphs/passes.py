@@ -306,7 +306,7 @@ class GraphPasses:
             self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
         return self._views[shape]
 
-    def _run(self, shape: PassShape, buffers: Buffers, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _run(self, shape: PassShape, buffers: Buffers, tensors: list[Tensor]) -> list[Tensor]:
         return self._graph(shape, buffers)(tensors)
 
     def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:
