@@ -132,7 +132,7 @@ def test_losses_of_parts_are_the_loss_of_the_whole() -> None:
     assert counts[1].min() > 0
     lesson.zero_grad()
     losses = []
-    with objectives.of_step(dict(zip(lesson.ahead, counts.mean(0), strict=True))):
+    with objectives.of_step(dict(zip(lesson.steps_ahead, counts.mean(0), strict=True))):
         for half in halves:
             losses.append(lesson(**half)["loss"] / 2)
             losses[-1].backward()

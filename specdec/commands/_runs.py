@@ -86,23 +86,12 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-    found = _as_now(found, resolved)
     if changed := sorted(set(differences(_stable(found), _stable(resolved)))):
         raise ValueError(
             f"{folder} holds another run ({'; '.join(changed[:4])}); use overwrite=true or another output=FOLDER"
         )
     if (folder / LOSSES).is_file() and not resolved["resume"]:  # more than a start that was refused
         raise ValueError(f"{folder} holds this very run: resume=true goes on with it, overwrite=true starts anew")
-
-
-def _as_now(found: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's config as it would be written now: sizes of a drafter that it left to the weights are said by name.
-
-    Whether they are the same, reading the checkpoint tells.
-    """
-    said, now = found.get("drafter") or {}, resolved.get("drafter") or {}
-    open_sizes = {name: now[name] for name, value in said.items() if value is None and name not in ("path", "tree")}
-    return {**found, "drafter": {**said, **open_sizes}}
 
 
 def _clear(folder: Path) -> None:

@@ -107,7 +107,7 @@ class DrafterTrainer(Trainer):
     """Trains a lesson.
 
     Args:
-        lesson: an ``nn.Module`` as ``specdec.interfaces.Lesson`` has it; its parameters become float32. It may have
+        lesson: an ``nn.Module`` as ``specdec.learning.Lesson`` has it; its parameters become float32. It may have
             ``parameter_groups(lr)``, groups as optimizers take them, and ``progress``, which is set before each step to
             the share of the training that is done.
         arguments: as ``training_arguments`` makes them.
@@ -154,8 +154,8 @@ class DrafterTrainer(Trainer):
         self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
         self._best: int | None = None  # the step whose weights were taken up at the end
         self._extras: dict[str, list[Tensor]] = {}
-        self._ahead: tuple[int, ...] = tuple(lesson.ahead)
-        self._positions: dict[int, Tensor] = {}
+        self._steps_ahead: tuple[int, ...] = tuple(lesson.steps_ahead)
+        self._counts: dict[int, Tensor] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, and FSDP on what it leaves out; the frozen layers are then cut up, too."""
@@ -175,17 +175,17 @@ class DrafterTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """The batches of a step, whose wanted tokens are counted before the first of them is learnt from."""
         batches, items = super().get_batch_samples(*args, **options)
-        self._positions = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
+        self._counts = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
         return batches, items
 
     def _average(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
         """Steps ahead -> wanted positions of a batch of this step: the mean over its batches of all processes."""
         counts = [
-            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._ahead])
+            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._steps_ahead])
             for batch in batches
         ]
         total = self.accelerator.reduce(torch.stack(counts).sum(0).to(self.args.device), "sum")
-        return dict(zip(self._ahead, total / (len(batches) * self.args.world_size), strict=True))
+        return dict(zip(self._steps_ahead, total / (len(batches) * self.args.world_size), strict=True))
 
     def compute_loss(
         self,
@@ -202,7 +202,7 @@ class DrafterTrainer(Trainer):
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
         # Under FSDP nobody else sees to mixed precision.
         precision = self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
-        with precision, of_step(self._positions) if model.training and self._positions else nullcontext():
+        with precision, of_step(self._counts) if model.training and self._counts else nullcontext():
             outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
