@@ -35,7 +35,8 @@ ON_CPU = (*SETTINGS, "target.device=cpu")
 
 def asked(**options: Any) -> Any:
     """Arguments of a training, as far as they are looked at."""
-    known = {"fsdp": None, "fsdp_config": None, "deepspeed_plugin": None, "world_size": 2, "use_cpu": False}
+    known = {"fsdp": None, "fsdp_config": None, "deepspeed_plugin": None, "world_size": 2, "use_cpu": False,
+             "save_only_model": False}  # fmt: skip
     return SimpleNamespace(**(known | options))
 
 
@@ -63,14 +64,59 @@ def test_what_options_leave_open() -> None:
     made = sharding.completed(given)["deepspeed"]
     assert made["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert (made["gradient_clipping"], made["gradient_accumulation_steps"]) == (2.0, "auto")
-    assert made["bf16"] == made["fp16"] == {"enabled": "auto"}
-    assert made["bf16"] is not made["fp16"], "each is filled in by itself"
+    assert not {"bf16", "fp16"} & made.keys(), "it would hold the weights in half precision"
     assert given["deepspeed"]["zero_optimization"] == {"stage": 3}, "what the user wrote stays"
 
 
-def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="over several processes, and this is one"):
-        sharding.check(asked(fsdp=True, world_size=1))
+def test_half_precision_is_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    none, half = {"bf16": False, "fp16": False}, torch.bfloat16
+    assert sharding.half_precision({"bf16": True, "fsdp": None, "deepspeed": None}) == ({}, None)
+    assert sharding.half_precision({"bf16": True, "fsdp": True}) == ({}, half)
+    assert sharding.half_precision({"fp16": True, "fsdp": True}) == ({}, torch.float16)
+    assert sharding.half_precision({"bf16": False, "deepspeed": zero}) == (none, None)
+    assert sharding.half_precision({"bf16": True, "deepspeed": zero}) == (none, half)
+    auto, own = ({**zero, "bf16": {"enabled": enabled}} for enabled in ("auto", True))
+    assert sharding.half_precision({"bf16": True, "deepspeed": auto}) == (none, half)
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    for config in (own, str(tmp_path / "own.json")):
+        assert sharding.half_precision({"bf16": False, "deepspeed": config}) == ({"bf16": True, "fp16": False}, half)
+    scaled = {**zero, "fp16": {"enabled": True}}
+    assert sharding.half_precision({"deepspeed": scaled}) == ({"bf16": False, "fp16": True}, torch.float16)
+    with pytest.raises(ValueError, match="float16 needs its loss scaled, .*; expected trainer.bf16=true, or"):
+        sharding.half_precision({"fp16": True, "deepspeed": zero})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert sharding.half_precision({}) == ({}, None)
+    assert sharding.half_precision({"fsdp": True}) == ({}, half)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert sharding.half_precision({}) == ({"bf16": True, "fp16": False}, half)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FSDP", {"fsdp": True}), ("DeepSpeed", {"deepspeed_plugin": SimpleNamespace(zero_stage=2)})],
+)
+def test_what_neither_takes(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding.check(asked(use_cpu=True, world_size=1, save_only_model=True))
+    option = f"trainer.{name.lower()}"
+    with pytest.raises(ValueError, match=f"{option} cuts a drafter up over several processes, and this is one"):
+        sharding.check(asked(**options, world_size=1))
+    with pytest.raises(ValueError, match=f"save_only_model=true leaves nothing from which {name} goes on"):
+        sharding.check(asked(**options, save_only_model=True))
+    for there in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        sharding.check(asked(**options))
+        if there:
+            with pytest.raises(ValueError, match=f"{name} cuts up over this machine's accelerators; expected a target"):
+                sharding.check(asked(**options, use_cpu=True))
+        else:
+            sharding.check(asked(**options, use_cpu=True))
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(ImportError, match=f"{name} needs torch 2.6 or later here; this is {torch.__version__}"):
+        sharding.check(asked(**options))
+
+
+def test_fsdp_of_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="FSDP of version 1 .*; expected version 2"):
         sharding.check(asked(fsdp=True, fsdp_config={"version": 1}))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -78,13 +124,6 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         sharding.check(asked())
     monkeypatch.setenv("FSDP_VERSION", "2")
     sharding.check(asked())
-    for there in (True, False):
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
-        if there:
-            with pytest.raises(ValueError, match="this machine's accelerators; expected a target on one"):
-                sharding.check(asked(use_cpu=True))
-        else:
-            sharding.check(asked(use_cpu=True))
 
 
 def test_a_lesson_that_learns_through_the_target_is_refused() -> None:
@@ -114,23 +153,39 @@ def test_a_fingerprint_is_remembered() -> None:
     assert fingerprint(target_of(model=zoo.build("llama", seed=1))) != before
 
 
-def one_process(folder: Path, steps: int, drafter: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Path:
+def one_process(folder: Path, steps: int, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run that it is held to."""
     monkeypatch.setattr(sys, "argv", ["specdec"])
     monkeypatch.chdir(folder)
     write_chats(folder / "chats.jsonl")
     batches = ("trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=4")
-    cli.main(
-        ["train", *ON_CPU, *drafter, *batches, "data.path=chats.jsonl", "output=one", f"trainer.max_steps={steps}"]
-    )
+    cli.main(["train", *settings, *batches, "data.path=chats.jsonl", "output=one", f"trainer.max_steps={steps}"])
     return folder / "one"
+
+
+def check_cut(folder: Path, option: str, step: int, dtype: torch.dtype = torch.float32) -> None:
+    """The run in ``cut`` was what ``option`` says, its weights in float32 under autocast where ``dtype`` is another."""
+    for rank in (0, 1):
+        word = json.loads((folder / f"watched-{rank}.json").read_text())
+        assert word["weights"] == ["torch.float32"]
+        assert word["precisions"] == ["plain" if dtype == torch.float32 else str(dtype)]
+        if "fsdp" in option:
+            assert (word["layers"], word["head"]) == (["DTensor"], ["Parameter"])
+        else:
+            assert (word["engine"], word["stage"]) == ("DeepSpeedEngine", int(option[-1]))
+    checkpoint = folder / "cut" / f"checkpoint-{step}"
+    assert (checkpoint / ("pytorch_model_fsdp.bin" if "fsdp" in option else f"global_step{step}")).exists()
+
+
+def check_curves(ours: Path, theirs: Path, rel: float) -> None:
+    assert [step for step, _ in curve(ours)] == [step for step, _ in curve(theirs)]
+    for (_, mine), (_, other) in zip(curve(ours), curve(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=rel)
 
 
 def check(ours: Path, theirs: Path, name: str) -> None:
     """Two runs learnt the same, and what the first made is a drafter."""
-    assert [step for step, _ in curve(ours)] == [step for step, _ in curve(theirs)]
-    for (_, mine), (_, other) in zip(curve(ours), curve(theirs), strict=True):
-        assert mine == pytest.approx(other, rel=1e-4)
+    check_curves(ours, theirs, 1e-4)
     last = sorted(ours.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))[-1]
     for part in ("drafter", f"{last.name}/drafter", last.name):
         made, expected = (load_file(run / part / "model.safetensors") for run in (ours, theirs))
@@ -146,12 +201,36 @@ def check(ours: Path, theirs: Path, name: str) -> None:
 
 
 def test_fsdp_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = one_process(tmp_path, 2, HYDRA, monkeypatch)
+    one = one_process(tmp_path, 2, (*ON_CPU, *HYDRA), monkeypatch)
     options = (*PARTS, "trainer.fsdp=true", "output=cut", "trainer.max_steps=2")
-    made = launch(tmp_path, *options, settings=(*ON_CPU, *HYDRA))
+    made = launch(tmp_path, *options, settings=(*ON_CPU, *HYDRA), module="watched")
     assert made.returncode == 0, made.stderr
-    assert (tmp_path / "cut" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file(), "it was cut up"
+    check_cut(tmp_path, "trainer.fsdp=true", 2)
     check(tmp_path / "cut", one, "hydra_heads.Hydra")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "trainer.fsdp=true",
+        pytest.param("trainer.deepspeed.zero_optimization.stage=2", marks=pytest.mark.slow),
+        pytest.param("trainer.deepspeed.zero_optimization.stage=3", marks=pytest.mark.slow),
+    ],
+)
+def test_half_precision_as_one_process(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Hydra++, whose prefix layer reads float32; weights that nobody rounds."""
+    if "deepspeed" in option:
+        pytest.importorskip("deepspeed")
+    settings = tuple("dtype=bfloat16" if part == "dtype=float32" else part for part in (*ON_CPU, *HYDRA))
+    one = one_process(tmp_path, 2, settings, monkeypatch)
+    options = (*PARTS, f"++{option}", "output=cut", "trainer.max_steps=2")
+    made = launch(tmp_path, *options, settings=settings, module="watched")
+    assert made.returncode == 0, made.stderr
+    check_cut(tmp_path, option, 2, torch.bfloat16)
+    check_curves(tmp_path / "cut", one, 2e-2)
+    for name, tensor in load_file(tmp_path / "cut" / "checkpoint-2" / "model.safetensors").items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name} was rounded"
 
 
 @pytest.mark.slow
@@ -173,11 +252,13 @@ def test_a_run_in_parts_goes_on(
     """Begun, gone on with, and once more where only its result is missing, as after a kill at the end."""
     if "deepspeed" in option:
         pytest.importorskip("deepspeed")
-    one = one_process(tmp_path, 4, drafter, monkeypatch)
+    one = one_process(tmp_path, 4, (*ON_CPU, *drafter), monkeypatch)
     options = (*PARTS, f"++{option}", "output=cut")
     for steps, more in ((2, ()), (4, ("resume=true",))):
-        made = launch(tmp_path, *options, f"trainer.max_steps={steps}", *more, settings=(*ON_CPU, *drafter))
+        options_now = (*options, f"trainer.max_steps={steps}", *more)
+        made = launch(tmp_path, *options_now, settings=(*ON_CPU, *drafter), module="watched")
         assert made.returncode == 0, made.stderr
+        check_cut(tmp_path, option, steps)
     cut = tmp_path / "cut"
     check(cut, one, name)
     shutil.rmtree(cut / "drafter")
@@ -198,7 +279,9 @@ def test_on_two_devices(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         pytest.skip("needs two CUDA devices")
     if "deepspeed" in option:
         pytest.importorskip("deepspeed")
-    one = one_process(tmp_path, 2, HYDRA, monkeypatch)
-    made = launch(tmp_path, *PARTS, f"++{option}", "output=cut", "trainer.max_steps=2", settings=(*SETTINGS, *HYDRA))
+    one = one_process(tmp_path, 2, (*ON_CPU, *HYDRA), monkeypatch)
+    options = (*PARTS, f"++{option}", "output=cut", "trainer.max_steps=2")
+    made = launch(tmp_path, *options, settings=(*SETTINGS, *HYDRA), module="watched")
     assert made.returncode == 0, made.stderr
+    check_cut(tmp_path, option, 2)
     check(tmp_path / "cut", one, "hydra_heads.Hydra")

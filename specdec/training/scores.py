@@ -1,4 +1,5 @@
-"""How well a draft does on held-out texts: what is counted, over batches and over the processes of a distributed run.
+"""How well a draft does on held-out texts: what is counted, over batches and over the processes of a distributed run;
+and that each row counts once, however batches are filled up for all processes to have one.
 
 Shapes: K depths (heads), R ranks.
 """
@@ -60,6 +61,24 @@ class Scores:
                 [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
             )
         return made or None
+
+
+def once(batch: Mapping[str, Any], rows: int, rank: int, size: int) -> dict[str, Any]:
+    """The last batch of an epoch without what the epoch has shown before.
+
+    Batches are dealt to the processes in turn. Where the last round is not full, rows from the beginning of the epoch
+    fill it up, so that each process has a whole batch; in those nothing is wanted any more.
+
+    Args:
+        batch: of this process, B rows; ``wanted [B, T]``.
+        rows: of the epoch.
+        rank: this process's number.
+        size: how many processes there are.
+    """
+    wanted = batch["wanted"].clone()
+    if left := rows % (size * len(wanted)):  # of the last round, those that the epoch had left
+        wanted[max(left - rank * len(wanted), 0) :] = False
+    return {**batch, "wanted": wanted}
 
 
 class Even(Dataset[dict[str, Any]]):

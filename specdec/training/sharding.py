@@ -3,6 +3,8 @@
 The Trainer cuts up the lesson: its weights, their gradients and moments. What is added here: the layers of the frozen
 target are cut up too under FSDP, weights are put together where a drafter is saved, and what cannot be is refused
 before anything is written. The target's embedding and output head stay whole, because lessons use them by themselves.
+
+Half precision is what it is without them: weights, gradients and moments in float32, the lesson under autocast.
 """
 
 from __future__ import annotations
@@ -21,13 +23,10 @@ from transformers import TrainingArguments
 from specdec import identity
 from specdec.target import Target
 
-FSDP, ZERO_3 = "FSDP", "ZeRO-3"
+FSDP, ZERO_3, DEEPSPEED = "FSDP", "ZeRO-3", "DeepSpeed"
 # What DeepSpeed is to take from the Trainer's own options.
-_AUTO = {
-    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
-    "bf16": {"enabled": "auto"},
-    "fp16": {"enabled": "auto"},
-}
+_AUTO = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def completed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,11 +36,49 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("fsdp") and isinstance(config, Mapping):
         made["fsdp_config"] = {"version": 2} | copy.deepcopy(dict(config))
     if isinstance(zero, Mapping):
-        made["deepspeed"] = copy.deepcopy(_AUTO) | copy.deepcopy(dict(zero))
+        made["deepspeed"] = _AUTO | copy.deepcopy(dict(zero))
         stage = made["deepspeed"].setdefault("zero_optimization", {})
         if stage.get("stage") == 3:
             stage.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # else checkpoints lack whole weights
     return made
+
+
+def half_precision(options: Mapping[str, Any]) -> tuple[dict[str, bool], torch.dtype | None]:
+    """How a lesson that is cut up trains in half precision.
+
+    DeepSpeed's own modes hold the weights in it, which rounds them, and a lesson computes in float32 where it has to;
+    so it is told of none. Where its config turns one on by name, that is kept.
+
+    Args:
+        options: of the Trainer, ``bf16`` and ``fp16`` among them.
+
+    Returns:
+        The Trainer's ``bf16`` and ``fp16`` where they become others, and the dtype of the autocast that nobody else
+        enters; None = somebody does, or float32 is asked for.
+
+    Raises:
+        ValueError: float16 under DeepSpeed, whose gradients nobody would scale.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    wanted = next((name for name in _HALF if options.get(name)), launched)
+    if not (options.get("deepspeed") or _environment("ACCELERATE_USE_DEEPSPEED")):
+        return {}, _HALF.get(wanted) if options.get("fsdp") or _environment("ACCELERATE_USE_FSDP") else None
+    own = _own_precision(options.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), launched)
+    if own is None and wanted == "fp16":
+        raise ValueError(
+            "float16 needs its loss scaled, which DeepSpeed does in its own mode only; expected trainer.bf16=true, or "
+            "trainer.deepspeed.fp16.enabled=true, where the weights are float16, too"
+        )
+    return {name: name == own for name in _HALF}, _HALF.get(own or wanted)
+
+
+def _own_precision(config: Any, launched: str) -> str | None:
+    """The mode that a config of DeepSpeed, or its launcher, turns on by name."""
+    from accelerate.utils import HfDeepSpeedConfig
+
+    read = HfDeepSpeedConfig(config) if config else None
+    said = (name for name in _HALF if read is not None and read.get_value(f"{name}.enabled") is True)
+    return next(said, launched if launched in _HALF else None)
 
 
 def kind(arguments: TrainingArguments) -> str | None:
@@ -53,21 +90,39 @@ def kind(arguments: TrainingArguments) -> str | None:
 
 
 def check(arguments: TrainingArguments) -> None:
-    """Raise ValueError where the processes or their devices do not serve what is asked for."""
-    if kind(arguments) != FSDP:
+    """Hold processes, devices and options to what cuts a lesson up, or parts of its training.
+
+    Raises:
+        ValueError: one of them does not serve.
+        ImportError: torch is too old.
+    """
+    name = FSDP if kind(arguments) == FSDP else DEEPSPEED if arguments.deepspeed_plugin is not None else None
+    if name is None:
         return
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{name} needs torch 2.6 or later here; this is {torch.__version__}") from error
+    option = f"trainer.{name.lower()}"
     if arguments.world_size < 2:
         raise ValueError(
-            "trainer.fsdp cuts a drafter up over several processes, and this is one; expected torchrun "
-            "--nproc-per-node N, or trainer.fsdp left out"
+            f"{option} cuts a drafter up over several processes, and this is one; expected torchrun "
+            f"--nproc-per-node N, or {option} left out"
         )
-    version = getattr(arguments, "fsdp_config", None) or {}
-    if int(version.get("version", 2) if arguments.fsdp else os.environ.get("FSDP_VERSION", "1")) != 2:
-        raise ValueError("FSDP of version 1 leaves no weights to save a drafter from; expected version 2 (fully_shard)")
-    accelerators = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    if arguments.use_cpu and accelerators:
+    if name == FSDP:
+        version = getattr(arguments, "fsdp_config", None) or {}
+        if int(version.get("version", 2) if arguments.fsdp else os.environ.get("FSDP_VERSION", "1")) != 2:
+            raise ValueError(
+                "FSDP of version 1 leaves no weights to save a drafter from; expected version 2 (fully_shard)"
+            )
+    if arguments.use_cpu and torch.accelerator.is_available():
         raise ValueError(
-            "FSDP cuts up over this machine's accelerators; expected a target on one, not target.device=cpu"
+            f"{name} cuts up over this machine's accelerators; expected a target on one, not target.device=cpu"
+        )
+    if arguments.save_only_model:
+        raise ValueError(
+            f"trainer.save_only_model=true leaves nothing from which {name} goes on; expected it left out "
+            "(trainer.save_total_limit= bounds what checkpoints take)"
         )
 
 
@@ -86,7 +141,7 @@ def check_lesson(arguments: TrainingArguments, lesson: Any, target: Target) -> N
 
 
 def enable(accelerator: Any, arguments: TrainingArguments) -> None:
-    """Make an accelerator use what its arguments ask for, FSDP in the precision of training without it.
+    """Make an accelerator use what its arguments ask for.
 
     Accelerate leaves both FSDP and DeepSpeed out on CPUs, unsaid; they work there as well.
     """
@@ -108,11 +163,11 @@ def enable(accelerator: Any, arguments: TrainingArguments) -> None:
         state.deepspeed_plugins = {"default": plugin}
 
 
-def _set_type(state: Any, kind: Any) -> None:
+def _set_type(state: Any, distributed_type: Any) -> None:
     from accelerate import PartialState
 
-    PartialState().distributed_type = kind  # from which every later state takes it
-    state.distributed_type = kind
+    PartialState().distributed_type = distributed_type  # from which every later state takes it
+    state.distributed_type = distributed_type
 
 
 def shard_target(target: Target) -> None:

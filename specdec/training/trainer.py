@@ -15,8 +15,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from specdec.training import sharding
 from specdec.training.callbacks import AtCheckpoints, Steps
 from specdec.training.features import Frozen
 from specdec.training.objectives import of_step, wanted_ahead
-from specdec.training.scores import Even, Scores
+from specdec.training.scores import Even, Scores, once
 
 STATE = "trainer_state.json"
 # Names of before, which later releases of transformers warn of.
@@ -73,6 +73,10 @@ def training_arguments(
         target: the frozen model.
         evaluates: whether there are held-out texts.
 
+    Returns:
+        With one attribute more: ``autocast_dtype``, of the autocast that the lesson enters by itself (None = it does
+            not), where FSDP or DeepSpeed cut it up.
+
     Raises:
         ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
             distributing that these processes cannot have.
@@ -95,7 +99,10 @@ def training_arguments(
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
-    arguments = TrainingArguments(**given | sharding.completed(given))
+    given |= sharding.completed(given)
+    instead, autocast = sharding.half_precision(given)
+    arguments = TrainingArguments(**given | instead)
+    arguments.autocast_dtype = autocast
     sharding.check(arguments)
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
@@ -138,6 +145,9 @@ class DrafterTrainer(Trainer):
         if arguments.world_size > 1 and held_out is not None:
             held_out = Even(held_out, arguments.world_size * arguments.per_device_eval_batch_size)
         self.frozen, self.scores = frozen, Scores()
+        if arguments.autocast_dtype is not None:
+            # Within the lesson, because DeepSpeed's engine leaves an autocast around itself.
+            lesson.forward = torch.autocast(arguments.device.type, arguments.autocast_dtype)(lesson.forward)
         super().__init__(
             model=lesson.float(),
             args=arguments,
@@ -166,16 +176,17 @@ class DrafterTrainer(Trainer):
         if self.is_fsdp_enabled:
             sharding.shard_target(self.frozen.target)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> AbstractContextManager[None]:
         """Within the block the lesson's weights are whole, as saving it needs them; for all processes at once."""
-        with sharding.whole(self.model):
-            yield
+        return sharding.whole(self.model)
 
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """The batches of a step, whose wanted tokens are counted before the first of them is learnt from."""
         batches, items = super().get_batch_samples(*args, **options)
-        self._counts = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
+        size = self.args.world_size
+        if size > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            batches[-1] = once(batches[-1], len(self.train_dataset), self.args.process_index, size)
+        self._counts = self._average(batches) if len(batches) * size > 1 else {}
         return batches, items
 
     def _average(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
@@ -200,9 +211,7 @@ class DrafterTrainer(Trainer):
         if states is None:
             made = self.frozen(inputs["token_ids"], inputs["positions"])
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
-        # Under FSDP nobody else sees to mixed precision.
-        precision = self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
-        with precision, of_step(self._counts) if model.training and self._counts else nullcontext():
+        with of_step(self._counts) if model.training and self._counts else nullcontext():
             outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
@@ -306,8 +315,9 @@ class DrafterTrainer(Trainer):
         """
         state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
         if state is not None and state.global_step >= self._total_steps():
+            assert checkpoint is not None
             # Nothing is left to do, and the Trainer would do one step more.
-            self._take_up(Path(str(checkpoint)))
+            self._take_up(checkpoint)
             self.state = state
             state.is_world_process_zero = self.is_world_process_zero()
             for callback in self.callback_handler.callbacks:

@@ -1,0 +1,43 @@
+"""``specdec train``, of which every process leaves word how it was cut up, in ``watched-RANK.json`` where it runs.
+
+torchrun --nproc-per-node 2 -m watched train ...
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec import cli
+from specdec.training.trainer import DrafterTrainer
+
+
+def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, float]:
+    """``DrafterTrainer.learn``, and what it was like within."""
+    device, precisions, target = trainer.args.device.type, set(), trainer.frozen.target
+
+    def note(*_: Any) -> None:
+        precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
+
+    target.router.head.register_forward_pre_hook(note)  # nobody but the lesson asks it
+    metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
+    word = {
+        "engine": type(engine).__name__,
+        "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
+        "weights": sorted({str(parameter.dtype) for parameter in trainer.model.parameters()}),
+        "precisions": sorted(precisions),
+        "layers": sorted({type(part).__name__ for layer in target.layers for part in layer.parameters()}),
+        "head": sorted({type(part).__name__ for part in target.router.head.parameters()}),
+    }
+    Path(f"watched-{trainer.args.process_index}.json").write_text(json.dumps(word))
+    return metrics
+
+
+_learn: Any = DrafterTrainer.learn
+
+if __name__ == "__main__":
+    DrafterTrainer.learn = learn_and_tell  # type: ignore[method-assign]
+    cli.main()
