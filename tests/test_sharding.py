@@ -112,7 +112,7 @@ def test_what_neither_takes(name: str, options: dict[str, Any], monkeypatch: pyt
         else:
             sharding.check(asked(**options, use_cpu=True))
     monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(ImportError, match=f"{name} needs torch 2.6 or later here; this is {torch.__version__}"):
+    with pytest.raises(ImportError, match=f"{name} needs torch 2.6 or later here; this is"):
         sharding.check(asked(**options))
 
 

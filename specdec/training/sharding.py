@@ -74,7 +74,7 @@ def half_precision(options: Mapping[str, Any]) -> tuple[dict[str, bool], torch.d
 
 def _own_precision(config: Any, launched: str) -> str | None:
     """The mode that a config of DeepSpeed, or its launcher, turns on by name."""
-    from accelerate.utils import HfDeepSpeedConfig
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     read = HfDeepSpeedConfig(config) if config else None
     said = (name for name in _HALF if read is not None and read.get_value(f"{name}.enabled") is True)
