@@ -22,7 +22,7 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
     def note(*_: Any) -> None:
         precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
 
-    target.router.head.register_forward_pre_hook(note)  # nobody but the lesson asks it
+    target.router.head.register_forward_pre_hook(note)
     metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
     word = {
         "engine": type(engine).__name__,
