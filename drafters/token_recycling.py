@@ -2,11 +2,14 @@
 
 An adjacency matrix remembers, for every token, its k most likely successors when it was last seen. The draft is a
 static tree filled level by level: the child of rank r holds the r-th successor of its parent's token. Every node of
-every pass, accepted or not, rewrites its token's row.
+every pass, accepted or not, rewrites its token's row. The matrix outlives a request; the texts of a batch each go on
+from it with a copy of their own, so that they do not overwrite each other's successors while they run.
 
 Differences from the authors' code, where it falls short of what the method means: prompt positions write rows at
 prefill (theirs throws prefill logits away); duplicates within a pass follow a stated rule instead of scatter order;
-successors not seen yet are padding, not token 0; sampling is exact instead of ignored.
+successors not seen yet are padding, not token 0; sampling is exact instead of ignored; batches.
+
+Shapes: B rows, N nodes, T positions, V vocabulary, k successors.
 """
 
 from __future__ import annotations
@@ -93,6 +96,9 @@ class TokenRecycling(BaseDrafter):
         self._check(self.template)
         self.needs = Needs(prompt_top_k=num_successors, max_nodes=self.template.num_nodes)
         self.matrix: Tensor | None = None
+        # Of a batch: the matrices of its rows, [B * (V + 1), k], and where each begins, [B, 1].
+        self._own: Tensor | None = None
+        self._base = torch.zeros(1, 1, dtype=torch.int64)
         self._saved: dict[str, Any] | None = None if path is None else torch.load(path, weights_only=True)
 
     def fit(self, target: Target) -> str | None:
@@ -102,7 +108,7 @@ class TokenRecycling(BaseDrafter):
         shape = (target.vocab_size + 1, self.num_successors)
         if self.matrix is None or self.matrix.shape != shape:
             self.matrix = torch.full(shape, -1, device=target.device)
-        self.matrix = self.matrix.to(target.device)
+        self.matrix, self._base = self.matrix.to(target.device), self._base.to(target.device)
         self._take(self.template.to(target.device))
         if self._saved is not None:
             self.load_state_dict(self._saved)
@@ -143,7 +149,10 @@ class TokenRecycling(BaseDrafter):
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
         """Write a row for every prompt position; the latest occurrence of a token wins."""
-        assert prefill.top_k is not None
+        assert prefill.top_k is not None and self.matrix is not None
+        batch = state.batch_size
+        self._own = self.matrix.repeat(batch, 1) if batch > 1 else None
+        self._base = torch.arange(batch, device=self.matrix.device)[:, None] * len(self.matrix)
         columns = min(prefill.token_ids.shape[1], prefill.top_k.shape[1])
         if columns == 0:
             return
@@ -159,23 +168,23 @@ class TokenRecycling(BaseDrafter):
         """Fill the template level by level: one gather each."""
         assert self.matrix is not None
         template, level = self.template, state.root[:, None]
-        if on_host(self.matrix):
-            filled, role = self._fill_on_host(level.numpy())
+        table = self.matrix if self._own is None else self._own
+        if on_host(table):
+            filled, role = self._fill_on_host(table.numpy(), level.numpy())
         else:
             tokens = [level]
             for parents, ranks in template.levels:
-                tokens.append(self.matrix[tokens[-1].index_select(1, parents), ranks])
+                tokens.append(table[tokens[-1].index_select(1, parents) + self._base, ranks])
             filled = torch.cat(tokens, dim=1)
-            # An unseen successor is -1; indexing with it reaches the spare row, so its subtree is unseen as well.
+            # An unseen successor is -1; indexing with it reaches a spare row, so its subtree is unseen as well.
             filled, role = filled.clamp(min=0), (filled < 0) * PADDING  # CANDIDATE is 0
         return TokenTree(filled, template.topology, role, sources=(self.name,), rank=template.ranks[None])
 
-    def _fill_on_host(self, level: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _fill_on_host(self, table: np.ndarray, level: np.ndarray) -> tuple[Tensor, Tensor]:
         # The same in numpy.
-        assert self.matrix is not None
-        matrix, tokens = self.matrix.numpy(), [level]
+        base, tokens = self._base.numpy(), [level]
         for parents, ranks in self._host_levels:
-            tokens.append(matrix[tokens[-1][:, parents], ranks])
+            tokens.append(table[tokens[-1][:, parents] + base, ranks])
         filled = np.concatenate(tokens, axis=1)
         return torch.from_numpy(np.maximum(filled, 0)), torch.from_numpy((filled < 0) * np.int64(PADDING))
 
@@ -200,7 +209,7 @@ class TokenRecycling(BaseDrafter):
         # The same in numpy, which does these small things in a third of the time.
         assert self.matrix is not None
         matrix, tokens, batch = self.matrix.numpy(), tree.token_ids.numpy(), tree.batch_size
-        spare = len(matrix) - 1
+        size, spare = len(matrix), len(matrix) - 1
         if tree.role is not None:
             tokens = np.where(tree.role.numpy() == PADDING, spare, tokens)
         if any(verification.finished):
@@ -214,25 +223,31 @@ class TokenRecycling(BaseDrafter):
             worth = worth * batch + np.arange(batch - 1, -1, -1)[:, None]
         # In order of worth: of several writes to one row numpy keeps the last.
         order = worth.ravel().argsort()
-        matrix[tokens.ravel()[order]] = successors.reshape(len(order), -1)[order]
+        ranked = successors.reshape(len(order), -1)[order]
+        matrix[tokens.ravel()[order]] = ranked
         matrix[spare] = -1
+        if self._own is not None:
+            own = self._own.numpy()
+            own[(tokens + self._base.numpy()).ravel()[order]] = ranked
+            own[spare::size] = -1
 
     def _learn(self, tokens: Tensor, successors: Tensor, worth: Tensor) -> None:
-        """``successors [B, T, k]`` to the rows of ``tokens [B, T]``.
+        """``successors [B, T, k]`` to the rows of ``tokens [B, T]``, in the matrix and in those of a batch.
 
         Of equal tokens the one of the largest ``worth [B, T]`` writes, among equals that of the first row. A worth
         below 0 does not write; others are positive and differ within a row.
         """
         assert self.matrix is not None
-        spare, batch = self.matrix.shape[0] - 1, tokens.shape[0]
+        size, batch = len(self.matrix), tokens.shape[0]
         if batch > 1:
             worth = worth * batch + torch.arange(batch - 1, -1, -1, device=tokens.device)[:, None]
-        tokens, worth = tokens.reshape(-1), worth.reshape(-1)
-        best = torch.zeros_like(self.matrix[:, 0]).scatter_reduce_(0, tokens, worth, "amax")
-        # Exactly one entry writes each row, whatever the order of the writes; the others go to the spare one.
-        rows = torch.where(best.index_select(0, tokens) == worth, tokens, spare)
-        self.matrix.index_copy_(0, rows, successors.reshape(len(rows), -1))
-        self.matrix[spare].fill_(-1)
+        _write(self.matrix, tokens, successors, worth, size)
+        if self._own is not None:
+            _write(self._own, tokens + self._base, successors, worth, size)
+
+    def finish(self, state: DecodeState) -> None:  # noqa: ARG002 - the interface's signature
+        """Drop the matrices of a batch; what its rows learnt is in the one that stays."""
+        self._own, self._base = None, self._base[:1]
 
     def reset(self) -> None:
         """Forget every successor, those of a file that was given included."""
@@ -260,3 +275,13 @@ class TokenRecycling(BaseDrafter):
             raise ValueError(f"expected a matrix of shape {tuple(self.matrix.shape)} (vocabulary + 1, k), got {got}")
         else:
             self.matrix.copy_(matrix)
+
+
+def _write(table: Tensor, tokens: Tensor, successors: Tensor, worth: Tensor, size: int) -> None:
+    """Of each row of ``table [R * size, k]`` the best entry writes; the last of every ``size`` rows is spare."""
+    tokens, worth = tokens.reshape(-1), worth.reshape(-1)
+    best = torch.zeros_like(table[:, 0]).scatter_reduce_(0, tokens, worth, "amax")
+    # Exactly one entry writes each row, whatever the order of the writes; the others go to a spare one.
+    rows = torch.where(best.index_select(0, tokens) == worth, tokens, size - 1)
+    table.index_copy_(0, rows, successors.reshape(len(rows), -1))
+    table[size - 1 :: size].fill_(-1)

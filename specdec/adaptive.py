@@ -70,7 +70,7 @@ class Adaptation:
     interval: int = 12
     half_life: float = 48.0
     strength: float = 16.0
-    gain: float = 0.02
+    gain: float = 0.03
     max_nodes: int = 64
     max_depth: int = 12
     max_width: int = 10
@@ -178,7 +178,8 @@ class Adaptive:
         # By batch size, as passes are timed.
         self._recent: dict[int, deque[StepCost]] = {}
         self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
-        self._steps = self._since = self._fit_at = self.choices = 0
+        self._fit_at = dict[int, int]()
+        self._steps = self._since = self.choices = 0
         self._wait = self.settings.interval
         self._take(self._initial)
 
@@ -225,8 +226,9 @@ class Adaptive:
             self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
         if self._since >= self._wait:
             changed = self._choose(state)
-            # A choice costs as much as a tenth of a quick step.
-            self._wait = settings.interval if changed else min(2 * self._wait, _PATIENCE * settings.interval)
+            # A choice costs a tenth of a quick step. Plain steps see nothing, so the way back is by time alone.
+            steady = not changed and not self._plain
+            self._wait = min(2 * self._wait, _PATIENCE * settings.interval) if steady else settings.interval
             self._since = 0
 
     def _fits_online(self, state: DecodeState) -> bool:
@@ -242,7 +244,7 @@ class Adaptive:
         assert self._target is not None
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
-        best = choose(profile, costs, self._limit, self._depth, sizes)
+        best = choose(profile, costs, self._limit, self._depth, sizes, quick=True)
         now = 1 / costs.plain if self._plain else expect(self._paths, profile, costs).rate
         if max(best.rate, 1 / costs.plain) <= now * (1 + settings.gain):
             return False
@@ -275,9 +277,9 @@ class Adaptive:
             assert self.file is not None
             return self.file.costs
         # A fit takes about as long as a choice, and costs change slower than texts.
-        due = rows not in self._fitted or self._steps - self._fit_at >= _FIT_EVERY * self.settings.interval
+        due = rows not in self._fitted or self._steps - self._fit_at[rows] >= _FIT_EVERY * self.settings.interval
         if recent and due:
-            self._fitted[rows], self._fit_at = fit_costs(recent, passes), self._steps
+            self._fitted[rows], self._fit_at[rows] = fit_costs(recent, passes), self._steps
         draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
         return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
 
@@ -308,6 +310,7 @@ class Adaptive:
             "steps": self._steps,
             "since": self._since,
             "wait": self._wait,
+            "fit_at": dict(self._fit_at),
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
             "times": times,
@@ -345,4 +348,5 @@ class Adaptive:
             self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
-        self._since, self._wait, self._fit_at = own["since"], own["wait"], own["steps"]
+        self._since, self._wait = own["since"], own["wait"]
+        self._fit_at = {int(rows): int(step) for rows, step in own["fit_at"].items()}

@@ -191,7 +191,7 @@ def test_plain_decoding_where_nothing_is_right_and_back() -> None:
     bench = Bench(costs, Adaptation(max_nodes=32, max_depth=6), PRIOR)
     assert min(bench.text([0.7, 0.1], 200)) > 1
     hopeless = bench.text([0.01, 0.0], 400)
-    assert sum(size == 1 for size in hopeless) > 200, "where nothing is right nothing is proposed"
+    assert sum(size == 1 for size in hopeless[200:]) > 100, "where nothing is right nothing is proposed"
     again = bench.text([0.9, 0.02], 400)
     assert again[-1] > 1, "what was given up is tried again"
     assert bench.share_of_best([0.9, 0.02]) > 0.9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,21 +21,13 @@ from specdec.graphs import passes, state, store
 from specdec.graphs.passes import GraphPasses
 from specdec.target import Target
 from test_contract import model_of, prompts
-from test_graphs import graphs_of, interpreted, one_layer, speculating
+from test_graphs import _fresh_graphs as _fresh_graphs  # a fixture
+from test_graphs import graphs_of, one_layer, speculating
 from verifiers.kernels import backend
 from zoo import build
 
 NEW_TOKENS = 6
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # by peft
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(passes, "inductor", interpreted)
-    passes._MADE.clear()
-    yield
-    passes._MADE.clear()
 
 
 def text(model: Any) -> list[list[int]]:

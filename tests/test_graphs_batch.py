@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from specdec.loading import DEMO_FOLDER, Loaded
 from test_bench_command import QUICK, bench
 from test_contract import model_of, plain_text, prompts
 from test_evaluation_runner import tiny
+from test_graphs import _fresh_graphs as _fresh_graphs  # a fixture
 from test_graphs import generate_code, graphs_of, interpreted, one_layer, speculating
 from test_graphs import traced as traced  # a fixture
 from zoo import FAMILIES, build, untrained
@@ -40,15 +41,6 @@ NEW_TOKENS = 24
 SLOW = pytest.mark.slow
 WITHOUT = ("gpt_neo", "xglm")  # whose code asks for the slots seen, so that they have no graphs at any number of rows
 pytestmark = untrained("early_exit", "draft_model")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(passes, "inductor", interpreted)
-    passes._MADE.clear()
-    yield
-    passes._MADE.clear()
 
 
 @pytest.fixture
@@ -249,17 +241,75 @@ def test_within_as_made_nothing_is_made(disk: dict[PassShape, Any]) -> None:
 
 def test_searched_routes_are_bounded_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "RECURS", 0)
-    monkeypatch.setattr(passes, "_MOST_SEARCHED", 0)
+    monkeypatch.setattr(passes, "_MOST_OF_MANY", 0)
     model = model_of("llama")
     speculating(model, "swift", [], confidence=0.05, num_draft_tokens=3, max_width=2)
     try:
-        with pytest.warns(UserWarning, match="0 graphs are made of passes with skipped parts at most; others .* run"):
+        with pytest.warns(UserWarning, match="0 graphs with skipped parts .* at most; others .* run"):
             assert tokens(model, 1) == plain_text("llama", 1)
         made = [shape.route.skips for shape, _ in passes._MADE[model].graphs]
     finally:
         specdec.restore(model)
     assert made
     assert not any(made)
+
+
+def test_a_folder_that_cannot_be_read_is_told_of_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError("the folder of graphs is not yours")
+
+    monkeypatch.setattr(store.Store, "load", denied)
+    model = model_of("llama")
+    speculating(model, "prompt_lookup", [])
+    try:
+        with pytest.warns(UserWarning, match="not yours"):
+            assert tokens(model, 1) == plain_text("llama", 1)
+    finally:
+        specdec.restore(model)
+
+
+@pytest.mark.parametrize("where", ["trace", "inductor"])
+def test_what_fails_for_any_number_of_rows_is_tried_for_each(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = list[Any](), getattr(passes, where)
+
+    def only_for_numbers(first: Any, second: Any, *rest: Any) -> Any:
+        shape = first.shape if where == "trace" else second
+        asked.append(shape.batch)
+        if shape.batch is None:
+            raise RuntimeError("no symbols here")
+        return real(first, second, *rest)
+
+    monkeypatch.setattr(passes, where, only_for_numbers)
+    model, told = model_of("llama"), list[str]()
+    for process in range(2):
+        passes._MADE.clear()
+        speculating(model, "none", told)
+        try:
+            for batch in (2, 3, 1):
+                assert tokens(model, batch, max_new_tokens=4) == [
+                    row[: -NEW_TOKENS + 4] for row in plain_text("llama", batch)
+                ]
+            assert graphs_of(model).failures == {}, "a single row keeps its graph"
+        finally:
+            specdec.restore(model)
+        if process == 0:
+            assert asked == [None, 2, 3, 1]
+            assert sum("no symbols here" in line for line in told) == 1
+    # What cannot be traced is known from then on; what a compiler could not do once, it may do the next time.
+    assert asked[4:] == ([2, 3, 1] if where == "trace" else [None, 2, 3, 1])
+
+
+def test_numbers_of_rows_are_bounded(monkeypatch: pytest.MonkeyPatch, traced: list[PassShape]) -> None:
+    monkeypatch.setattr(passes, "MOST_ROWS", 1)
+    monkeypatch.setattr(passes, "_MOST_OF_MANY", 2)
+    model = one_layer()
+    speculating(model, "none", [])
+    for batch in (2, 3):
+        tokens(model, batch, max_new_tokens=4)
+    with pytest.warns(UserWarning, match="2 graphs .* for one number of rows are made at most"):
+        tokens(model, 4, max_new_tokens=4)
+    tokens(model, 1, max_new_tokens=4)
+    assert [shape.batch for shape in traced] == [2, 3, 1]
 
 
 def timed_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
@@ -276,18 +326,27 @@ def timed_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
     return calls
 
 
+def lengths_of(run: Path) -> dict[Any, list[int]]:
+    answers = records.read_run(run).answers
+    return {
+        (variant.batch_size, number): answer.choices[0].accept_lengths
+        for variant, found in answers.items()
+        for number, answer in found.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("drafter", "warmup"),
     [
         ("token_recycling", 1),
-        ("early_exit", 0),
-        *(pytest.param(*case, marks=SLOW) for case in [("token_recycling", 0), ("early_exit", 1)]),
+        ("early_exit", 1),
+        *(pytest.param(*case, marks=SLOW) for case in [("token_recycling", 0), ("early_exit", 0)]),
     ],
 )
 def test_no_graph_is_made_in_a_call_that_counts(
     drafter: str, warmup: int, disk: dict[PassShape, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of two questions and a single one; ``early_exit`` drafts by a route that gets its graphs late."""
+    """Groups of two questions and a single one; ``early_exit`` runs parts of the model, which get their graphs late."""
     calls, model = timed_calls(monkeypatch), tiny()
     loaded = Loaded(model, AutoTokenizer.from_pretrained(str(DEMO_FOLDER)), "tiny")
     options = {"confidence": 0.0, "exit_layer": 1} if drafter == "early_exit" else {}
@@ -317,8 +376,16 @@ def test_no_graph_is_made_in_a_call_that_counts(
         assert any(seconds == pytest.approx(each, rel=1e-9) for each in quiet)
     made = [made for _, made in calls if made]
     assert made, "this would pass without graphs"
-    if warmup and drafter == "token_recycling":
+    if warmup:
         assert len(made) == 2, "warming up makes all: once for two rows, once for one"
+    # A call that is asked again begins with what was known before, not with its own answer.
+    specdec.speculate(model, build_drafter(drafter, **options))
+    ordinary = Speculating(drafter, model, speculation_of(model), {0})
+    ordinary.state = method.state
+    specdec.restore(model)
+    with Progress(Console(file=io.StringIO())) as progress:
+        Runner(loaded, lambda _: [ordinary], plan, RunFolder(tmp_path / "ordinary"), progress).run(questions)
+    assert lengths_of(tmp_path / "run") == lengths_of(tmp_path / "ordinary")
 
 
 @pytest.mark.slow

@@ -309,8 +309,8 @@ def test_trees_that_follow_the_text_wait_for_nothing_more(
 ) -> None:
     chosen = list[Choice]()
 
-    def counted(*args: Any) -> Choice:
-        chosen.append(choose(*args))
+    def counted(*args: Any, **options: Any) -> Choice:
+        chosen.append(choose(*args, **options))
         return chosen[-1]
 
     monkeypatch.setattr("specdec.adaptive.choose", counted)

@@ -193,6 +193,34 @@ def test_which_of_several_equal_tokens_wins(
         assert torch.equal(matrix_of(drafter), expected), seed
 
 
+@pytest.mark.parametrize("by_numpy", [False, True])
+def test_the_texts_of_a_batch_do_not_overwrite_each_other(by_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_recycling, "on_host", lambda _: by_numpy)
+    batch, learnt = 3, torch.randint(VOCAB, (VOCAB + 1, K), generator=torch.Generator().manual_seed(0))
+    learnt[VOCAB] = -1
+    together, alone = fitted(), [fitted() for _ in range(batch)]
+    for drafter, rows in ((together, batch), *((each, 1) for each in alone)):
+        matrix_of(drafter).copy_(learnt)
+        empty = Prefill(torch.zeros(rows, 0, dtype=torch.int64), [0] * rows, top_k=torch.zeros(rows, 0, K).long())
+        drafter.start(state_of([0] * rows), empty)
+    roots = [1, 1, 2]
+    for seed in range(6):
+        logits = torch.randn(batch, 7, VOCAB, generator=torch.Generator().manual_seed(seed))
+        tree = together.propose(state_of(roots))
+        for row, drafter in enumerate(alone):
+            own = drafter.propose(state_of([roots[row]]))
+            assert tree.token_ids[row].tolist() == own.token_ids[0].tolist(), (seed, row)
+            drafter.update(
+                state_of([0]), own, Verification([[0, 1]], [[0, 0]], [False], [False], logits[row : row + 1])
+            )
+        walks = Verification([[0, 1]] * batch, [[0, 0]] * batch, [False] * batch, [False] * batch, logits)
+        together.update(state_of([0] * batch), tree, walks)
+    assert not torch.equal(matrix_of(alone[0]), matrix_of(alone[1])), "this would pass with a shared matrix"
+    shared = matrix_of(together).clone()
+    together.finish(state_of([0] * batch))
+    assert together.propose(state_of([1])).token_ids[0, 1] == shared[1, 0], "what all learnt is left"
+
+
 def test_feed_only_nodes_teach_and_padding_does_not() -> None:
     role = torch.tensor([[CANDIDATE, FEED_ONLY, PADDING]])
     tree = TokenTree(torch.tensor([[1, 2, 3]]), Template.from_paths([[0], [1]]).topology, role)

@@ -55,7 +55,7 @@ def by_definition(paths: Paths, profile: Profile, costs: Costs) -> float:
 
 
 @pytest.mark.parametrize("max_depth", [None, 2])
-@pytest.mark.parametrize("per_level", [0.0, 0.2])
+@pytest.mark.parametrize("per_level", [0.0, 0.02, 0.2])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_tree_promises_more(seed: int, per_level: float, max_depth: int | None) -> None:
     generator = np.random.default_rng(seed)
@@ -66,6 +66,9 @@ def test_no_tree_promises_more(seed: int, per_level: float, max_depth: int | Non
     Template.from_paths(chosen.paths)
     assert chosen.rate == pytest.approx(best)
     assert by_definition(chosen.paths, profile, costs) == pytest.approx(best)
+    quick = choose(profile, costs, NODES + 1, max_depth or DEPTH, quick=True)
+    assert by_definition(quick.paths, profile, costs) == pytest.approx(quick.rate)
+    assert best / 1.05 <= quick.rate <= best * (1 + 1e-9)
     for tree in trees[::37]:
         assert expect(tree, profile, costs).rate == pytest.approx(by_definition(tree, profile, costs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Look:
-    """A tree with the tokens and seconds per step seen with it, and what else was seen."""
+    """A tree with the tokens per step seen with it and the seconds reckoned, and what else was seen."""
 
     choice: Choice
     profile: Profile
@@ -222,8 +223,9 @@ class TreeTuner:
 
         A drafter that learns from the nodes of its trees learns more from larger ones, so rates hold for trees of about
         the size that they were counted with. Each look gives rates of its own and the tree that they recommend; of all
-        trees looked at the one with the most tokens seen per second counts. The steps seen also correct the costs: they
-        are those of decoding with one tree, and of the very sizes that matter.
+        trees looked at the one with the most tokens seen per second counts. The steps seen also correct the costs, by
+        what decoding with one tree takes more than was reckoned, on average: looks come minutes apart, so the times of
+        a single one tell as much of the machine as of the tree.
         """
         looks = [self._look(self.published, profile, rates, costs)]
         for seen in (profile, *(None,) * _LOOKS):
@@ -232,12 +234,16 @@ class TreeTuner:
             if any(set(paths) == set(look.choice.paths) for look in looks):
                 break
             looks.append(self._look(paths, profile, rates, costs))
-        return looks, self._corrected(costs, looks)
+        costs = self._corrected(costs, looks)
+        seconds = [expect(look.choice.paths, look.profile, costs).seconds for look in looks]
+        choices = [replace(look.choice, seconds=each) for look, each in zip(looks, seconds, strict=True)]
+        return [replace(look, choice=choice) for look, choice in zip(looks, choices, strict=True)], costs
 
     def _corrected(self, costs: Costs, looks: Sequence[_Look]) -> Costs:
         """Costs whose fixed share is what was seen on average over the looks."""
         beyond = [
-            look.choice.seconds - float(costs.seconds(*np.mean([(s.nodes, s.depth) for s in look.steps], 0)))
+            statistics.median(step.whole_s for step in look.steps)
+            - float(costs.seconds(*np.mean([(step.nodes, step.depth) for step in look.steps], 0)))
             for look in looks
             if look.steps
         ]
@@ -251,8 +257,6 @@ class TreeTuner:
         if not self.is_chain:
             profile = Profile(counts.rates(rates, _AGAIN).tolist())
         choice = replace(expect(paths, profile, costs), tokens=watch.tokens_per_step)
-        if watch.costs:
-            choice = replace(choice, seconds=watch.seconds_per_step)
         return _Look(choice, profile, watch.costs)
 
     def _watch(self, counts: AcceptanceCounts, cold: bool = False, shapes: Sequence[Paths] | None = None) -> Watch:

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from specdec.decoding import Step
 from specdec.evaluation.records import COLD, PREFILL, STATELESS, TARGET, StepTrace
 from specdec.evaluation.trace import Tracer
 from specdec.generation import Speculation, using
+from specdec.graphs.passes import at_once
 from specdec.interfaces import DecodeState
 from specdec.metrics import emitted
 
@@ -113,6 +114,24 @@ class Method(Protocol):
         ...
 
 
+@contextmanager
+def all_graphs(handle: Speculation) -> Iterator[None]:
+    """Within the block a request makes the graphs of passes of all sizes, and those of parts of the target at once."""
+
+    def make(state: DecodeState, step: Step) -> None:
+        # Whoever enters in the middle of the target never runs whole passes.
+        whole = step.tree is not None and step.tree.entry is None
+        if whole and state.context is not None and handle.last.passes == 1:
+            handle.target.make_graphs(state.context, handle.drafter.needs.taps)
+
+    handle.observers.append(make)
+    try:
+        with at_once():
+            yield
+    finally:
+        handle.observers.remove(make)
+
+
 class Speculating:
     """Our loop with one drafter; ``none`` is the plain baseline.
 
@@ -146,15 +165,8 @@ class Speculating:
 
     def warm_up(self, batch: Batch, options: dict[str, Any]) -> None:
         """Speculate for nobody, with a pass of every size on the way."""
-        self.handle.observers = [self._make_graphs]
-        try:
+        with all_graphs(self.handle):
             _timed(self.model, using(self.model, self.handle), batch, options, self.eos_ids)
-        finally:
-            self.handle.observers = []
-
-    def _make_graphs(self, state: DecodeState, step: Step) -> None:  # noqa: ARG002 - the observer's signature
-        if state.context is not None and self.handle.last.passes == 1:
-            self.handle.target.make_graphs(state.context, self.handle.drafter.needs.taps)
 
     def generate(self, batch: Batch, options: dict[str, Any]) -> list[Measured]:
         """Speculate; observers are in place before the clock starts."""

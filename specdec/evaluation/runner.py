@@ -1,15 +1,17 @@
 """The run: every method on every question in turn, so that whatever drifts hits all of them alike.
 
 Order of things, outermost first: settings (temperature, batch size), groups of questions (a batch, all of one
-category), repeats, turns, methods. The order of methods moves on by one with every group. All methods get the same
-prompts: what goes into the next turn is the answer of the first method (the plain loop where it is measured). Nothing
-but ``generate`` stands between two looks at a clock, and no graph is compiled or loaded there: warming up makes what
-batches of this size and single rows need, and a call that made another one all the same is asked again.
+category), repeats, turns, methods. Every group draws the order of methods, since who comes after whom matters too.
+All methods get the same prompts: what goes into the next turn is the answer of the first method (the plain loop where
+it is measured). Nothing but ``generate`` stands between two looks at a clock, and no graph is compiled or loaded
+there: warming up makes what batches of this size and single rows need, and a call that made another one all the same
+is asked again.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import time
 import traceback
 import uuid
@@ -90,7 +92,7 @@ class _Call:
     Attributes:
         setting, methods, group: who is asked what.
         before: what each warm method had learnt before.
-        offset: which method goes first.
+        order: of the methods.
         prompts: ids ``[1, W]`` by question, turn and repeat.
         pieces: texts of tokens, by their ids.
         results: one per method.
@@ -100,7 +102,7 @@ class _Call:
     methods: Sequence[Method]
     group: Sequence[Question]
     before: Sequence[dict[str, Any]]
-    offset: int
+    order: Sequence[int]
     prompts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     pieces: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
     results: list[_Results] = field(default_factory=list)
@@ -171,7 +173,8 @@ class Runner:
         for number, group in enumerate(groups):
             before = [_learnt(method) for method in methods]
             try:
-                call = _Call(setting, methods, group, before, number % len(methods))
+                order = random.Random(number).sample(range(len(methods)), len(methods))
+                call = _Call(setting, methods, group, before, order)
                 self._ask(call)
                 if setting.temperature == 0:
                     _compare(call, judge)
@@ -267,8 +270,7 @@ class Runner:
     def _turn(self, call: _Call, prompts: dict[int, Tensor], turn: int, repeat: int) -> bool:
         """One call per method; False where nobody got through."""
         batch, options = Batch.of(list(prompts.values()), self._pad), self.plan.arguments(call.setting)
-        order = list(range(len(call.methods)))
-        for number in order[call.offset :] + order[: call.offset]:
+        for number in call.order:
             method, result = call.methods[number], call.results[number]
             if result.error is not None:
                 continue

@@ -37,7 +37,7 @@ from specdec.visibility import AttentionKinds
 _SIZES = (8, 32, 128)  # buckets between a single node and the largest tree, where they are at most half of it
 _UNDERSTOOD = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}  # of a template
 RECURS = 16  # passes of a route other than the full one before it gets a graph: a search tries many only once
-_MOST_SEARCHED = 32  # graphs of routes with skipped parts; of the others there are few by themselves
+_MOST_OF_MANY = 32  # graphs of which there might be any number; of the others there are few by themselves
 
 
 class Compiler(Protocol):
@@ -74,12 +74,23 @@ class _Made:
 # Whoever speculates with a model, its passes are the same.
 _MADE: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
 _MAKINGS = Counter[str]()
+_AT_ONCE: ContextVar[bool] = ContextVar("specdec_graphs_at_once", default=False)
 _AS_MADE: ContextVar[bool] = ContextVar("specdec_graphs_as_made", default=False)
 
 
 def makings() -> int:
     """How many graphs this process has compiled or loaded, of all models: a timed call must not raise it."""
     return _MAKINGS.total()
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within the block parts of a model get their graphs at the first pass, not when they are seen to recur."""
+    mark = _AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _AT_ONCE.reset(mark)
 
 
 @contextmanager
@@ -184,8 +195,7 @@ class GraphPasses:
             self._made.fixed.add(route)
             return self(context, inputs, route, states, taps)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may throw, ordinary passes go on
-            lines = str(error).strip().splitlines() or [""]
-            self.failures[route] = f"{type(error).__name__}: {lines[0]}"
+            self.failures[route] = f"{type(error).__name__}: {_first_line(error)}"
             return None
         if states is not None:
             found |= {tap: states for tap in taps if tap in own}
@@ -232,8 +242,14 @@ class GraphPasses:
             if key in self._made.graphs or key in self._made.looked_for:
                 continue
             self._made.looked_for.add(key)
-            with torch.inference_mode():
-                graph = self._loaded(self._module(shape))
+            try:
+                with torch.inference_mode():
+                    graph = self._loaded(self._module(shape))
+            except _RowsAreFixed:
+                self._made.fixed.add(FULL)
+                return self.load(context, taps)
+            except Exception:  # noqa: BLE001 - the first pass will meet it again, and tell
+                return
             if graph is not None:
                 self._made.graphs[key] = graph
 
@@ -251,14 +267,17 @@ class GraphPasses:
         if _AS_MADE.get() and self.compiler is not None:
             return False
         self._seen[shape] += 1
-        if not shape.route.is_full and self._seen[shape] <= RECURS:
+        if not shape.route.is_full and self._seen[shape] <= self._patience(shape):
             return False
-        if not shape.route.skips:
-            return True
-        if sum(made.route.skips for made, _ in self._made.graphs) >= _MOST_SEARCHED:
-            self._say(f"{_MOST_SEARCHED} graphs are made of passes with skipped parts at most", "others")
+        if _one_of_many(shape) and sum(_one_of_many(made) for made, _ in self._made.graphs) >= _MOST_OF_MANY:
+            self._say(f"{_MOST_OF_MANY} graphs with skipped parts or for one number of rows are made at most", "others")
             return False
         return True
+
+    @staticmethod
+    def _patience(shape: PassShape) -> int:
+        """Passes of a part of the model that run as they are; of what a search tries once there are always some."""
+        return 0 if _AT_ONCE.get() and not shape.route.skips else RECURS
 
     def _refresh(self, context: Context) -> None:
         """Forget what stands on slabs that are no more, or on a model that was another."""
@@ -303,7 +322,10 @@ class GraphPasses:
         return PassModule(self.model, self.router, shape, self.kinds if self.by_layer else None)
 
     def _loaded(self, module: PassModule) -> Graph | None:
-        start, graph = time.perf_counter(), self._store(module).load(module.shape)
+        start, store = time.perf_counter(), self._store(module)
+        if module.shape.batch is None and store.is_refused(module.shape):
+            raise _RowsAreFixed
+        graph = store.load(module.shape)
         if graph is not None:
             _MAKINGS["loaded"] += 1
             self.announce(f"loaded {self._what(module.shape)} in {time.perf_counter() - start:.1f} s")
@@ -313,13 +335,17 @@ class GraphPasses:
         shape, start = module.shape, time.perf_counter()
         _MAKINGS["compiled"] += 1
         self.announce(f"compiling {self._what(shape)} ...")
+        program = None
         try:
             program = trace(module, buffers)
+            graph = compiler(program, shape, self._store(module))
         except Exception as error:
-            if shape.batch is None:
-                raise _RowsAreFixed from error
-            raise
-        graph = compiler(program, shape, self._store(module))
+            if shape.batch is not None:
+                raise
+            if program is None:  # the model's own doing, and so in every process
+                self._store(module).refuse(shape)
+            self.announce(f"a graph for each number of rows, since {type(error).__name__}: {_first_line(error)}")
+            raise _RowsAreFixed from error
         self.announce(f"compiled {self._what(shape)} in {time.perf_counter() - start:.0f} s")
         return graph
 
@@ -340,6 +366,15 @@ class GraphPasses:
             run = self.capture(lambda: graph(tensors))
             self._views[shape] = buffers, run
         return [output.clone() for output in run()]
+
+
+def _one_of_many(shape: PassShape) -> bool:
+    """Whether there may be any number of graphs like this one: a search tries many skips, a server many batches."""
+    return shape.route.skips or shape.batch not in (None, 1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _additive(masks: Any) -> bool:

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import pickle
 import platform
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ from specdec.graphs.state import code_of, foreign_hook, settings, sources
 Graph = Callable[[list[Tensor]], list[Tensor]]
 
 _LIBRARY, _RECIPES, _KEPT = "graph.pt2", "constants.json", "constants.pt"
+_REFUSED = ".refused"
 
 
 def folder() -> Path:
@@ -126,9 +128,21 @@ class Store:
             return None
         try:
             return _open(place, self.weights)
-        except (RuntimeError, OSError, ValueError, KeyError):
-            shutil.rmtree(place)
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError, pickle.UnpicklingError):
+            shutil.rmtree(place, ignore_errors=True)
             return None
+
+    def refuse(self, shape: PassShape) -> None:
+        """Remember, for other processes too, that these passes cannot be traced."""
+        place = self._place(shape)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.with_suffix(_REFUSED).touch()
+
+    def is_refused(self, shape: PassShape) -> bool:
+        """Whether a process has found that these passes cannot be traced."""
+        place = self._place(shape)
+        return place is not None and place.with_suffix(_REFUSED).is_file()
 
     def compile(self, shape: PassShape, program: torch.export.ExportedProgram) -> Graph:
         """Make the graph of these passes, and keep it for the next process where it is the model's own.

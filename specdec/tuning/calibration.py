@@ -87,11 +87,6 @@ class Watch:
         self._clock, self._drafted = time.perf_counter(), drafted
 
     @property
-    def seconds_per_step(self) -> float:
-        """Seen, the median."""
-        return statistics.median(cost.whole_s for cost in self.costs)
-
-    @property
     def tokens_per_step(self) -> float:
         """Seen, the bonus included."""
         return self._emitted / self._walks if self._walks else 1.0

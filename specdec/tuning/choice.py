@@ -21,7 +21,7 @@ import numpy as np
 from specdec.templates import chain_paths, ranked_paths
 
 Paths = list[tuple[int, ...]]
-_LEVELS_MATTER = 0.05  # share of a pass that all levels together must cost; below, a choice is ten times as quick
+_LEVELS_MATTER = 0.05  # share of a step of one node that all levels together must cost for a quick choice to see them
 SECONDS_AT_LEAST = 1e-9  # of a step; a fit of noisy times may say less
 
 
@@ -102,6 +102,7 @@ def choose(
     max_nodes: int,
     max_depth: int | None = None,
     sizes: Collection[int] | None = None,
+    quick: bool = False,
 ) -> Choice:
     """The tree, or the length of the chain, with the most expected tokens per second.
 
@@ -112,6 +113,8 @@ def choose(
         max_depth: no deeper than this; None = no limit.
         sizes: the only node counts allowed for trees, the root included; None = any. Where no tree of any worth has
             such a size, any size is.
+        quick: in a tenth of the time, a tree that may promise less, by 5 % at most: flatter ones are not searched for
+            where all levels together cost less than that.
 
     Raises:
         ValueError: no node has any worth, or fits.
@@ -123,11 +126,12 @@ def choose(
     else:
         # An expansion for every depth is worth its time only where a drafter works level by level.
         deepest = min(max_depth or below, below)
-        by_level = costs.draft[2] * deepest > _LEVELS_MATTER * costs.seconds(np.ones(1), np.zeros(1))[0]
+        least = _LEVELS_MATTER * costs.seconds(np.ones(1), np.zeros(1))[0] if quick else 0.0
+        by_level = costs.draft[2] * deepest > least
         caps = range(1, deepest + 1) if by_level else [deepest]
         found = [best for cap in caps if (best := _best_of_depth(profile, costs, below, cap, sizes)) is not None]
         if not found and sizes is not None:
-            return choose(profile, costs, max_nodes, max_depth)
+            return choose(profile, costs, max_nodes, max_depth, quick=quick)
     if not found:
         raise ValueError(f"no tree of at most {max_nodes} nodes is worth anything: {profile.rates}")
     return max(found, key=lambda choice: choice.rate)
