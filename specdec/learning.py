@@ -67,7 +67,8 @@ class Trainable(Protocol):
     def settled(self) -> dict[str, Any]:
         """Constructor options that its weights decide, by name, as they are; asked once it is bound to a target.
 
-        A run's config says them in place of those left open (null), so that it names the run whatever was left open.
+        A run's config says these, whatever the command said of them, so that it names the run where they were left
+        open (null), too. One that was given and disagrees has been refused by then.
         """
         ...
 

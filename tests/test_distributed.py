@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from pupils import ResidualLesson, Rows, target_of
+from pupils import ResidualLesson, Rows, target_of, trainer_in
 from specdec import cli
-from specdec.build import config_dir
+from specdec.build import build_drafter, config_dir
 from specdec.commands import train
 from specdec.training import objectives, ranks
 from specdec.training.features import Frozen
 from specdec.training.ranks import Ranks
 from specdec.training.scores import Even, Scores, once
+from specdec.training.trainer import training_arguments
 
 MEDUSA = ("drafter=medusa", "drafter.path=new", "drafter.num_heads=2")
 SETTINGS = (
@@ -162,21 +164,86 @@ def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
     assert rows[0]["wanted"].any(), "a copy was emptied"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("name", ["medusa.Medusa", "hydra_heads.Hydra", "kangaroo.Kangaroo"])
+def test_a_batch_in_which_nothing_is_wanted(name: str, family: str) -> None:
+    """It teaches nothing, and every weight has a gradient of zeros for the other processes."""
+    target, drafter = target_of(family), build_drafter({"_target_": f"drafters.{name}", "path": "new"})
+    assert drafter.fit(target) is None  # type: ignore[attr-defined]
+    lesson, rows = drafter.lesson(target), Rows(2).items  # type: ignore[attr-defined]
+    for row in rows:
+        row["wanted"][:] = False
+    found = lesson(**batch(rows, Frozen(target, lesson.taps)))
+    found["loss"].backward()
+    assert (float(found["loss"].detach()), int(found["counted"].sum()), int(found["hits"].sum())) == (0, 0, 0)
+    for key, parameter in lesson.named_parameters():
+        assert parameter.grad is not None, key
+        assert not parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+def test_the_head_of_no_states(family: str) -> None:
+    target = target_of(family)
+    assert target.head_is_all == (family == "llama")
+    passes: list[Any] = []
+    target.layers[0].register_forward_pre_hook(lambda *_: passes.append(None))
+    counts = []
+    for length in (3, 0):
+        states = torch.randn(1, length, target.hidden_size, requires_grad=True)
+        logits = target.head(states)
+        assert (logits.shape, logits.dtype) == ((1, length, target.vocab_size), torch.float32)
+        logits.sum().backward()
+        assert states.grad is not None
+        counts.append(len(passes))
+        passes.clear()
+    assert counts[0] == counts[1], "layers that are cut up are put together by all processes at once"
+
+
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_an_epoch_shows_each_row_once(batch_size: int, size: int) -> None:
+def test_an_epoch_shows_each_row_once(batch_size: int, size: int, split: bool) -> None:
     """Whatever accelerate fills the last batches up with."""
     for count in range(1, 20):
         rows = Rows(count)
         wanted: list[int] = []
         for rank in range(size):
-            dealt = BatchSampler(SequentialSampler(rows), batch_size, drop_last=False)
-            mine = list(BatchSamplerShard(dealt, size, rank) if size > 1 else dealt)
+            dealt = BatchSampler(SequentialSampler(rows), batch_size * (size if split else 1), drop_last=False)
+            mine = list(BatchSamplerShard(dealt, size, rank, split_batches=split) if size > 1 else dealt)
             *before, last = [{"row": torch.tensor(chosen), "wanted": torch.ones(len(chosen), 3)} for chosen in mine]
             for part in (*before, once(last, count, rank, size) if size > 1 else last):
                 wanted += part["row"][part["wanted"].all(1)].tolist()
             assert last["wanted"].all(), "a copy was emptied"
         assert sorted(wanted) == list(range(count))
+
+
+@pytest.mark.parametrize("option", [{"even_batches": False}, {"dispatch_batches": True}])
+def test_other_ways_to_deal_batches_out(
+    option: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, ((name, value),) = target_of(), option.items()
+
+    def arguments(**options: bool) -> Any:
+        return training_arguments({"accelerator_config": options}, tmp_path, 0, target, evaluates=False)
+
+    arguments(**option)
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    arguments(split_batches=True)
+    with pytest.raises(ValueError, match=f"accelerator_config.{name}={str(value).lower()} deals batches .* left out"):
+        arguments(**option)
+
+
+def test_parting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wraps the lesson goes before the group of processes that it speaks to."""
+    trainer = trainer_in(tmp_path)
+    wrapper = nn.ModuleList([trainer.model])
+    gone, there = weakref.ref(wrapper), []
+    trainer.model_wrapped = wrapper
+    trainer.accelerator._models.append(wrapper)
+    monkeypatch.setattr(trainer.accelerator, "end_training", lambda: there.append(gone()))
+    del wrapper
+    trainer.end()
+    assert there == [None]
 
 
 def test_several_processes_cannot_share_a_target(tmp_path: Path) -> None:
@@ -269,7 +336,7 @@ def test_two_processes_train_the_target_as_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["specdec"])
     monkeypatch.chdir(tmp_path)
     write_chats(tmp_path / "chats.jsonl")
-    joint = (*TRAIN, "loss.joint=true", "loss.rank=4", "loss.dropout=0", "limit=8", "trainer.num_train_epochs=1",
+    joint = (*TRAIN, "loss.joint=true", "loss.rank=4", "loss.dropout=0", "limit=12", "trainer.num_train_epochs=1",
              "trainer.per_device_eval_batch_size=4")  # fmt: skip
     cli.main(["train", *joint, "data.path=chats.jsonl", "output=one", "trainer.per_device_train_batch_size=4"])
     made = launch(tmp_path, "output=two", "trainer.per_device_train_batch_size=2", settings=joint)

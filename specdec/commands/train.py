@@ -212,7 +212,7 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
     with trainer.whole(), _told_when_full(this.folder):
         if trainer.is_world_process_zero():
             _save(pupil, this, metrics)
-    trainer.accelerator.end_training()
+    trainer.end()
     return metrics
 
 

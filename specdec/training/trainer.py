@@ -17,7 +17,6 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from specdec.target import Target
-from specdec.training import sharding
+from specdec.training import recomputing, sharding
 from specdec.training.callbacks import AtCheckpoints, Steps
 from specdec.training.features import Frozen
 from specdec.training.objectives import of_step, wanted_ahead
-from specdec.training.scores import Even, Scores, once
+from specdec.training.scores import Even, Scores, check_dealing, once
 
 STATE = "trainer_state.json"
 # Names of before, which later releases of transformers warn of.
@@ -78,8 +77,8 @@ def training_arguments(
             not), where FSDP or DeepSpeed cut it up.
 
     Raises:
-        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
-            distributing that these processes cannot have.
+        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, options that
+            contradict each other, or a way of distributing that these processes cannot have.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
@@ -100,10 +99,12 @@ def training_arguments(
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
     given |= sharding.completed(given)
-    instead, autocast = sharding.half_precision(given)
+    instead, autocast = sharding.half_precision(given, options)
     arguments = TrainingArguments(**given | instead)
     arguments.autocast_dtype = autocast
+    sharding.settle(arguments)
     sharding.check(arguments)
+    check_dealing(arguments)
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
         arguments._n_gpu = 1
@@ -156,8 +157,8 @@ class DrafterTrainer(Trainer):
             eval_dataset=held_out,
             callbacks=[*callbacks, Steps(lesson)],
         )
-        if _recomputes(arguments):
-            _let_recompute(lesson, frozen.target)
+        if recomputing.asked(arguments):
+            recomputing.allow(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
         # A lesson's loss is its batch's part of a mean over batches, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
@@ -336,41 +337,19 @@ class DrafterTrainer(Trainer):
         assert self._judged is not None
         return self._judged[1]
 
+    def end(self) -> None:
+        """Part from the other processes; nothing is trained or judged any more."""
+        # DDP goes first. Were it the last to hold the process group, it would wait for the group's threads without
+        # letting go of the interpreter's lock, and they for the lock.
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
         in_epoch = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
         return math.ceil(self.args.num_train_epochs * in_epoch)
-
-
-def _recomputes(arguments: TrainingArguments) -> bool:
-    """Whether activations are to be recomputed, by either of the names that transformers has for it."""
-    return bool(arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False))
-
-
-def _let_recompute(lesson: Any, target: Target) -> None:
-    """Give a lesson that learns through the target the methods by which the Trainer has activations recomputed.
-
-    Raises:
-        ValueError: nothing of the target learns.
-    """
-    if not any(parameter.requires_grad for parameter in target.model.parameters()):
-        raise ValueError(
-            "trainer.gradient_checkpointing=true recomputes the layers through which gradients go, and the target's "
-            "are frozen; it serves loss.joint=true, where the target learns too. Smaller batches "
-            "(trainer.per_device_train_batch_size=, with trainer.gradient_accumulation_steps=) save memory here"
-        )
-
-    def enable(name: str, **options: Any) -> None:
-        getattr(target.model, name)(**options)
-        for layer in target.layers:
-            # Transformers recomputes in training mode alone. The layers' parts stay in evaluation mode, so that the
-            # backbone computes what it would compute; its adapters are in training mode already.
-            layer.training = True
-
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if hasattr(target.model, name):
-            setattr(lesson, name, partial(enable, name))
 
 
 def last_checkpoint(output: Path) -> Path | None:
