@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -68,41 +69,120 @@ def test_what_options_leave_open() -> None:
     assert given["deepspeed"]["zero_optimization"] == {"stage": 3}, "what the user wrote stays"
 
 
+@pytest.fixture
+def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")) or name == "LOCAL_RANK"]:
+        monkeypatch.delenv(name)
+
+
+def halves(options: dict[str, Any], **said: Any) -> Any:
+    return sharding.half_precision(options | said, said)
+
+
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+NONE, BF16, FP16 = ({"bf16": name == "bf16", "fp16": name == "fp16"} for name in ("none", "bf16", "fp16"))
+
+
+@pytest.mark.usefixtures("not_launched")
 def test_half_precision_is_autocast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zero: dict[str, Any] = {"zero_optimization": {"stage": 2}}
-    none, half = {"bf16": False, "fp16": False}, torch.bfloat16
-    assert sharding.half_precision({"bf16": True, "fsdp": None, "deepspeed": None}) == ({}, None)
-    assert sharding.half_precision({"bf16": True, "fsdp": True}) == ({}, half)
-    assert sharding.half_precision({"fp16": True, "fsdp": True}) == ({}, torch.float16)
-    assert sharding.half_precision({"bf16": False, "deepspeed": zero}) == (none, None)
-    assert sharding.half_precision({"bf16": True, "deepspeed": zero}) == (none, half)
-    auto, own = ({**zero, "bf16": {"enabled": enabled}} for enabled in ("auto", True))
-    assert sharding.half_precision({"bf16": True, "deepspeed": auto}) == (none, half)
+    half = torch.bfloat16
+    assert halves({"bf16": True, "fsdp": None, "deepspeed": None}) == ({}, None)
+    assert halves({"bf16": True, "fsdp": True}) == ({}, half)
+    assert halves({"fp16": True, "fsdp": True}) == ({}, torch.float16)
+    assert halves({"fsdp": True, "use_cpu": True}, fp16=True) == ({}, None), "nobody scales its gradients"
+    assert halves({"bf16": False, "deepspeed": ZERO}) == (NONE, None)
+    assert halves({"deepspeed": ZERO}, bf16=True) == halves({"bf16": True, "deepspeed": ZERO}) == (NONE, half)
+    auto, own, off = ({**ZERO, "bf16": {"enabled": enabled}} for enabled in ("auto", True, False))
+    assert halves({"bf16": True, "deepspeed": auto}) == (NONE, half)
     (tmp_path / "own.json").write_text(json.dumps(own))
     for config in (own, str(tmp_path / "own.json")):
-        assert sharding.half_precision({"bf16": False, "deepspeed": config}) == ({"bf16": True, "fp16": False}, half)
-    scaled = {**zero, "fp16": {"enabled": True}}
-    assert sharding.half_precision({"deepspeed": scaled}) == ({"bf16": False, "fp16": True}, torch.float16)
-    with pytest.raises(ValueError, match="float16 needs its loss scaled, .*; expected trainer.bf16=true, or"):
-        sharding.half_precision({"fp16": True, "deepspeed": zero})
+        assert halves({"bf16": False, "deepspeed": config}) == (BF16, half)
+    assert halves({"deepspeed": own}, bf16=True) == (BF16, half)
+    assert halves({"bf16": True, "deepspeed": off}) == halves({"deepspeed": off}, bf16=False) == (NONE, None)
+    scaled = {**ZERO, "fp16": {"enabled": True}}
+    assert halves({"bf16": True, "deepspeed": scaled}) == (FP16, torch.float16), "the target's dtype is overridden"
+    for launched in ("bf16", "fp16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        assert halves({"deepspeed": own}) == (BF16, half), "the config's own mode wins"
+
+
+@pytest.mark.usefixtures("not_launched")
+def test_half_precision_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is wished for, no mode of DeepSpeed's own."""
+    half = torch.bfloat16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert sharding.half_precision({}) == ({}, None)
-    assert sharding.half_precision({"fsdp": True}) == ({}, half)
+    assert halves({}) == ({}, None)
+    assert halves({"fsdp": True}) == ({}, half)
+    assert halves({"deepspeed": ZERO}) == (NONE, half)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert sharding.half_precision({}) == ({"bf16": True, "fp16": False}, half)
+    assert halves({}) == (NONE, half)
+    for enabled, expected in ((True, (BF16, half)), (False, (NONE, None)), ("auto", (NONE, half))):
+        (tmp_path / "config.json").write_text(json.dumps({**ZERO, "bf16": {"enabled": enabled}}))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "config.json"))
+        assert halves({}) == expected
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    for launched, expected in (
+        ("fp16", "float16 needs its loss scaled"),
+        ("fp8", "in bf16, fp16 or float32; got .*=fp8"),
+    ):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with pytest.raises(ValueError, match=expected):
+            halves({})
+    with pytest.raises(ValueError, match="expected trainer.bf16=true, or trainer.deepspeed.fp16.enabled=true"):
+        halves({"fp16": True})
 
 
+@pytest.mark.usefixtures("not_launched")
+@pytest.mark.parametrize(
+    ("said", "config", "expected"),
+    [
+        ({"bf16": True, "fp16": True}, {}, "bf16=true and trainer.fp16=true are two precisions; expected one"),
+        ({"bf16": False}, {"bf16": True}, "trainer.bf16=false, and DeepSpeed's config has bf16.enabled=true; expected"),
+        ({"bf16": True}, {"bf16": False}, "trainer.bf16=true, and DeepSpeed's config has bf16.enabled=false"),
+        ({"bf16": True}, {"fp16": True}, "trainer.bf16=true, and DeepSpeed's config has fp16.enabled=true"),
+        ({"fp16": True}, {"fp16": False}, "trainer.fp16=true, and DeepSpeed's config has fp16.enabled=false"),
+        ({"fp16": True}, {"fp16": "auto"}, "float16 needs its loss scaled, which DeepSpeed does in its own mode only"),
+    ],
+)
+def test_half_precision_in_two_minds(said: dict[str, bool], config: dict[str, Any], expected: str) -> None:
+    zero = ZERO | {name: {"enabled": enabled} for name, enabled in config.items()}
+    with pytest.raises(ValueError, match=expected):
+        halves({"deepspeed": zero}, **said)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(NONE, "no"), (BF16, "bf16"), (FP16, "fp16")])
+def test_a_launchers_word_is_taken_back(chosen: dict[str, bool], expected: str) -> None:
+    """Transformers and accelerate have written it down by then."""
+    config: dict[str, Any] = {"bf16": {"enabled": True}, "fp16": {"loss_scale": 0}}
+    arguments = asked(**chosen, mixed_precision="bf16", deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    sharding.settle(arguments)
+    assert arguments.mixed_precision == expected
+    assert {name: config[name]["enabled"] for name in chosen} == chosen
+    assert config["fp16"]["loss_scale"] == 0
+    plain = asked(mixed_precision="bf16")
+    sharding.settle(plain)
+    assert plain.mixed_precision == "bf16"
+
+
+@pytest.mark.usefixtures("not_launched")
 @pytest.mark.parametrize(
     ("name", "options"),
     [("FSDP", {"fsdp": True}), ("DeepSpeed", {"deepspeed_plugin": SimpleNamespace(zero_stage=2)})],
 )
 def test_what_neither_takes(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sharding.check(asked(use_cpu=True, world_size=1, save_only_model=True))
-    option = f"trainer.{name.lower()}"
-    with pytest.raises(ValueError, match=f"{option} cuts a drafter up over several processes, and this is one"):
+    one_is_few = f"trainer.{name.lower()} cuts a drafter up over several processes, and this is one"
+    with pytest.raises(ValueError, match=one_is_few):
         sharding.check(asked(**options, world_size=1))
     with pytest.raises(ValueError, match=f"save_only_model=true leaves nothing from which {name} goes on"):
         sharding.check(asked(**options, save_only_model=True))
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        if name == "FSDP":
+            with pytest.raises(ValueError, match=one_is_few):
+                sharding.check(asked(**options, world_size=1))
+        else:
+            sharding.check(asked(**options, world_size=1))
     for there in (True, False):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
         sharding.check(asked(**options))
@@ -111,9 +191,21 @@ def test_what_neither_takes(name: str, options: dict[str, Any], monkeypatch: pyt
                 sharding.check(asked(**options, use_cpu=True))
         else:
             sharding.check(asked(**options, use_cpu=True))
+
+
+@pytest.mark.usefixtures("not_launched")
+def test_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = {"deepspeed_plugin": SimpleNamespace(zero_stage=2)}
     monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(ImportError, match=f"{name} needs torch 2.6 or later here; this is"):
-        sharding.check(asked(**options))
+    sharding.check(asked(**zero))
+    with pytest.raises(ImportError, match="FSDP needs torch 2.6 or later here; this is"):
+        sharding.check(asked(fsdp=True))
+    monkeypatch.delattr("torch.accelerator")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sharding.check(asked(**zero, use_cpu=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="DeepSpeed cuts up over this machine's accelerators"):
+        sharding.check(asked(**zero, use_cpu=True))
 
 
 def test_fsdp_of_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,15 +258,22 @@ def one_process(folder: Path, steps: int, settings: tuple[str, ...], monkeypatch
 def check_cut(folder: Path, option: str, step: int, dtype: torch.dtype = torch.float32) -> None:
     """The run in ``cut`` was what ``option`` says, its weights in float32 under autocast where ``dtype`` is another."""
     for rank in (0, 1):
-        word = json.loads((folder / f"watched-{rank}.json").read_text())
+        place = folder / f"watched-{rank}.json"
+        word = json.loads(place.read_text())
+        place.unlink()  # the next start leaves its own
         assert word["weights"] == ["torch.float32"]
-        assert ("plain" if dtype == torch.float32 else str(dtype)) in word["precisions"]
+        assert word["precisions"] == ["plain" if dtype == torch.float32 else str(dtype)]
         if "fsdp" in option:
-            assert (word["layers"], word["head"]) == (["DTensor"], ["Parameter"])
+            assert (word["lesson"], word["layers"], word["head"]) == (["DTensor"], ["DTensor"], ["Parameter"])
         else:
             assert (word["engine"], word["stage"]) == ("DeepSpeedEngine", int(option[-1]))
+            assert word["in_parts"] == [option[-1] == "3"]
     checkpoint = folder / "cut" / f"checkpoint-{step}"
     assert (checkpoint / ("pytorch_model_fsdp.bin" if "fsdp" in option else f"global_step{step}")).exists()
+    for part in (checkpoint, checkpoint / "drafter"):
+        weights = load_file(part / "model.safetensors")
+        assert weights
+        assert all(tensor.numel() for tensor in weights.values())
 
 
 def check_curves(ours: Path, theirs: Path, rel: float) -> None:

@@ -17,17 +17,21 @@ from specdec.training.trainer import DrafterTrainer
 
 def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, float]:
     """``DrafterTrainer.learn``, and what it was like within."""
-    device, precisions, target = trainer.args.device.type, set(), trainer.frozen.target
+    device, precisions, target, lesson = trainer.args.device.type, set(), trainer.frozen.target, trainer.model
 
     def note(*_: Any) -> None:
         precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
 
-    target.router.head.register_forward_pre_hook(note)
+    for part in lesson.modules():
+        if not list(part.children()):
+            part.register_forward_pre_hook(note)  # within the lesson, whatever is around it
     metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
     word = {
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
-        "weights": sorted({str(parameter.dtype) for parameter in trainer.model.parameters()}),
+        "lesson": sorted({type(parameter).__name__ for parameter in lesson.parameters()}),
+        "in_parts": sorted({hasattr(parameter, "ds_id") for parameter in lesson.parameters()}),
+        "weights": sorted({str(parameter.dtype) for parameter in lesson.parameters()}),
         "precisions": sorted(precisions),
         "layers": sorted({type(part).__name__ for layer in target.layers for part in layer.parameters()}),
         "head": sorted({type(part).__name__ for part in target.router.head.parameters()}),

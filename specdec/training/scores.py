@@ -86,7 +86,7 @@ def check_dealing(arguments: Any) -> None:
     """Hold the arguments of a distributed training to how ``once`` takes batches to be dealt out.
 
     Raises:
-        ValueError: an option of accelerate's by which a process lacks a batch, or rows that were shown look like others.
+        ValueError: an option of accelerate's by which a process lacks a batch, or rows shown before look like others.
     """
     dealing = arguments.accelerator_config
     usual = {"even_batches": True, "dispatch_batches": False}
