@@ -169,7 +169,7 @@ def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
 def test_a_batch_in_which_nothing_is_wanted(name: str, family: str) -> None:
     """It teaches nothing, and every weight has a gradient of zeros for the other processes."""
     target, drafter = target_of(family), build_drafter({"_target_": f"drafters.{name}", "path": "new"})
-    assert drafter.fit(target) is None  # type: ignore[attr-defined]
+    assert drafter.fit(target) is None
     lesson, rows = drafter.lesson(target), Rows(2).items  # type: ignore[attr-defined]
     for row in rows:
         row["wanted"][:] = False

@@ -121,12 +121,12 @@ def test_half_precision_of_a_launcher(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "config.json"))
         assert halves({}) == expected
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    for launched, expected in (
+    for launched, refusal in (
         ("fp16", "float16 needs its loss scaled"),
         ("fp8", "in bf16, fp16 or float32; got .*=fp8"),
     ):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(ValueError, match=refusal):
             halves({})
     with pytest.raises(ValueError, match="expected trainer.bf16=true, or trainer.deepspeed.fp16.enabled=true"):
         halves({"fp16": True})

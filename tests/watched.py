@@ -43,5 +43,5 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
 _learn: Any = DrafterTrainer.learn
 
 if __name__ == "__main__":
-    DrafterTrainer.learn = learn_and_tell  # type: ignore[method-assign]
+    DrafterTrainer.learn = learn_and_tell  # type: ignore[method-assign, assignment]
     cli.main()
