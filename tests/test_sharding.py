@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import zoo
 from drafters.medusa import Medusa
@@ -162,6 +163,28 @@ def test_a_launchers_word_is_taken_back(chosen: dict[str, bool], expected: str) 
     plain = asked(mixed_precision="bf16")
     sharding.settle(plain)
     assert plain.mixed_precision == "bf16"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_launched")
+@pytest.mark.parametrize("options", [{}, {"deepspeed": ZERO}])
+def test_a_launchers_word_in_arguments(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With transformers' and accelerate's own classes: by launcher, and by option under a launcher's precision."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    if not options:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"} | sharding.completed(options)
+    instead, autocast = sharding.half_precision(given, {})
+    arguments = TrainingArguments(**given | instead)
+    assert (autocast, arguments.mixed_precision) == (torch.bfloat16, "bf16"), "it would be passed on"
+    sharding.settle(arguments)
+    plugin: Any = arguments.deepspeed_plugin
+    plugin.set_mixed_precision(arguments.mixed_precision)  # as accelerate does where it begins
+    assert not plugin.deepspeed_config["bf16"]["enabled"]
+    assert not plugin.deepspeed_config["fp16"]["enabled"]
 
 
 @pytest.mark.usefixtures("not_launched")
