@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from specdec import cli
+from specdec.training import objectives
 from specdec.training.trainer import DrafterTrainer
 
 
@@ -19,12 +20,11 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
     """``DrafterTrainer.learn``, and what it was like within."""
     device, precisions, target, lesson = trainer.args.device.type, set(), trainer.frozen.target, trainer.model
 
-    def note(*_: Any) -> None:
+    def note(*arguments: Any) -> Any:
         precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
+        return _shared(*arguments)
 
-    for part in lesson.modules():
-        if not list(part.children()):
-            part.register_forward_pre_hook(note)  # within the lesson, whatever is around it
+    objectives.shared = note  # which every lesson comes to within its own forward
     metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
     word = {
         "engine": type(engine).__name__,
@@ -41,6 +41,7 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
 
 
 _learn: Any = DrafterTrainer.learn
+_shared: Any = objectives.shared
 
 if __name__ == "__main__":
     DrafterTrainer.learn = learn_and_tell  # type: ignore[method-assign, assignment]

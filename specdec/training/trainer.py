@@ -62,8 +62,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """Transformers' own arguments from the section ``trainer`` of a config.
 
-    The device is the target's; a target in half precision trains under autocast in its dtype, unless ``options`` say
-    otherwise.
+    The device is the target's; a target in half precision trains under autocast in its dtype, unless ``options`` or a
+    config of DeepSpeed say otherwise.
 
     Args:
         options: any of ``transformers.TrainingArguments``.
