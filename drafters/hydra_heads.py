@@ -78,6 +78,11 @@ def _levels(template: Template, heads: torch.device) -> list[_Level]:
     return levels
 
 
+def _settled(shape: HydraShape) -> dict[str, Any]:
+    sizes = {name: getattr(shape, name) for name in ("num_heads", "num_layers", "own_head")}
+    return {"arch": arch_of(shape)} | sizes
+
+
 class Hydra(BaseDrafter):
     """Draft with sequentially dependent heads.
 
@@ -206,9 +211,7 @@ class Hydra(BaseDrafter):
             path = str(DEMO_HEADS)
         if path is not None and path != NEW:
             heads, rates, ignored = load(path, target)
-            shape = heads.shape
-            loaded = {name: getattr(shape, name) for name in self._sizes if name != "arch"}
-            reason = why_other_weights(self._sizes, {"arch": arch_of(shape), **loaded}, path)
+            reason = why_other_weights(self._sizes, _settled(heads.shape), path)
             if reason is None:
                 self.heads, self.acceptance, self.ignored, self.loaded_from = heads, rates, ignored, path
             return reason
@@ -221,13 +224,6 @@ class Hydra(BaseDrafter):
         if path is None:
             warn_untrained(self.name, "new heads, which only repeat what its own head says", target, WAY_OUT)
         return None
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Options that the weights decide, as they are."""
-        assert self.heads is not None
-        shape = self.heads.shape
-        return {"arch": arch_of(shape), **{name: getattr(shape, name) for name in self._sizes if name != "arch"}}
 
     def _new_shape(self, target: Target) -> HydraShape:
         """Of new heads: what the options leave open is as published, but for the output layers, which are shared."""
@@ -328,6 +324,11 @@ class Hydra(BaseDrafter):
         assert self.heads is not None
         self.acceptance = None
         return HydraLesson(self.heads, target, self._tap, **options)
+
+    def settled(self) -> dict[str, Any]:
+        """The architecture of the heads, their number and blocks, and whether they have output layers of their own."""
+        assert self.heads is not None
+        return _settled(self.heads.shape)
 
     def save(self, folder: Path, layout: str = "specdec") -> None:
         """Write the heads; see ``hydra_checkpoint.LAYOUTS`` for the layouts."""

@@ -64,14 +64,14 @@ class HydraLesson(nn.Module):
             )
         self.heads = heads.float().requires_grad_(True)
         self.target, self.tap = target, tap
-        self.ahead = tuple(range(2, heads.shape.num_heads + 2))
+        self.steps_ahead = tuple(range(2, heads.shape.num_heads + 2))
         later: tuple[Tap, ...] = ("final",) if self.teacher or self.reconstruction else ()
         self.taps: tuple[Tap, ...] = tuple(dict.fromkeys((tap, *later)))
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor, states: Mapping[Tap, Tensor]
     ) -> dict[str, Tensor]:
-        """The loss, and the hits of every head (``specdec.interfaces.Lesson``)."""
+        """The loss, and the hits of every head (``specdec.learning.Lesson``)."""
         heads, count = self.heads, self.heads.shape.num_heads
         with torch.no_grad():
             embedded = self._noisy(self.target.embedding(token_ids).float()).to(states[self.tap].device)
@@ -91,7 +91,7 @@ class HydraLesson(nn.Module):
             losses.append(loss)
             hits.append(found)
             counted.append(where)
-        return objectives.learnt(losses, [1.0] * count, hits, counted, self.ahead)
+        return objectives.learnt(losses, [1.0] * count, hits, counted, self.steps_ahead)
 
     def _judge(
         self,

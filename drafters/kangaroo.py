@@ -298,9 +298,8 @@ class Kangaroo(ChainDrafter):
             raise ValueError("this drafter has no adapter yet; call fit(target) first")
         save_adapter(Path(folder), self.adapter, self._layer, self._target, layout)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Options that the weights decide, as they are."""
+    def settled(self) -> dict[str, Any]:
+        """The layer whose states the adapter reads."""
         return {"exit_layer": self._layer}
 
     def round_cost(self, steps: int) -> float:

@@ -205,7 +205,7 @@ class AdapterLesson(nn.Module):
         layer: E.
     """
 
-    ahead: tuple[int, ...] = (1,)
+    steps_ahead: tuple[int, ...] = (1,)
 
     def __init__(self, adapter: Adapter, target: Target, layer: int) -> None:
         super().__init__()
@@ -229,4 +229,4 @@ class AdapterLesson(nn.Module):
             teacher = self._target.head(states["final"][where][None]).to(hidden.device)
         judged = where[where][None]
         loss = soft_cross_entropy(logits, teacher, judged)
-        return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged], self.ahead)
+        return learnt([loss], [1.0], [hits(logits, argmax(teacher), judged)], [judged], self.steps_ahead)

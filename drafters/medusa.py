@@ -25,7 +25,8 @@ from drafters.medusa_joint import JointLesson
 from drafters.medusa_trees import best_paths, published_paths, remembered
 from specdec import checkpoints
 from specdec.checkpoints import BASE, Checkpoint
-from specdec.interfaces import DecodeState, Lesson, Needs, Prefill, Verification
+from specdec.interfaces import DecodeState, Needs, Prefill, Verification
+from specdec.learning import Lesson
 from specdec.loading import DEMO_FOLDER, is_demo
 from specdec.selection import top_k
 from specdec.target import Target
@@ -128,8 +129,7 @@ class Medusa(BaseDrafter):
         if reason is not None:
             return reason
         heads = load_heads(checkpoint, target)
-        sizes = {"num_heads": heads.num_heads, "num_layers": heads.num_layers, "own_head": heads.output is not None}
-        reason = why_other_weights(self._sizes, sizes, path)
+        reason = why_other_weights(self._sizes, _settled(heads), path)
         if reason is not None:
             return reason
         rates = remembered(checkpoint, heads.num_heads)
@@ -152,13 +152,6 @@ class Medusa(BaseDrafter):
         places = (template.topology.depths[0] - 1) * template.width + template.ranks
         self._places = places[1:].to(target.device)
         return None
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Options that the weights decide, as they are."""
-        assert self.heads is not None
-        heads = self.heads
-        return {"num_heads": heads.num_heads, "num_layers": heads.num_layers, "own_head": heads.output is not None}
 
     @property
     def tree_paths(self) -> list[tuple[int, ...]]:
@@ -239,6 +232,11 @@ class Medusa(BaseDrafter):
         self._joint = made if isinstance(made, JointLesson) else None
         return made
 
+    def settled(self) -> dict[str, Any]:
+        """How many heads there are, of how many blocks, and whether they have output heads of their own."""
+        assert self.heads is not None
+        return _settled(self.heads)
+
     def save(self, folder: Path, layout: str = "specdec") -> None:
         """Write the heads in the target's dtype; after joint training the whole model too, adapters merged.
 
@@ -258,6 +256,10 @@ class Medusa(BaseDrafter):
             checkpoints.save(Path(folder), weights, config, file)
         else:
             self._joint.save(Path(folder), weights, self.acceptance)
+
+
+def _settled(heads: MedusaHeads) -> dict[str, Any]:
+    return {"num_heads": heads.num_heads, "num_layers": heads.num_layers, "own_head": heads.output is not None}
 
 
 def _needs(max_nodes: int) -> Needs:

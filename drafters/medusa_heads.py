@@ -384,7 +384,7 @@ class MedusaLesson(nn.Module):
     def __init__(self, heads: MedusaHeads, target: Target, decay: float = 0.8, labels: str = "text") -> None:
         super().__init__()
         check_common(decay, labels)
-        self.heads, self.decay, self.labels, self.ahead = heads, decay, labels, steps_of(heads)
+        self.heads, self.decay, self.labels, self.steps_ahead = heads, decay, labels, steps_of(heads)
         self._target = target  # no module: what it holds is not registered
 
     def forward(

@@ -116,7 +116,7 @@ class JointLesson(nn.Module):
             )
         self.heads, self.decay, self.weight, self.schedule = heads, decay, weight, schedule
         self.distill, self.heads_lr, self.progress = distill, heads_lr, 0.0
-        self.ahead = (1, *steps_of(heads))
+        self.steps_ahead = (1, *steps_of(heads))
         places = sorted({str(parameter.device) for parameter in target.model.parameters()})
         if len(places) > 1:
             raise ValueError(

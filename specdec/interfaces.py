@@ -1,5 +1,7 @@
 """The contract on one page: what crosses the seams between loop, drafter, verifier and target.
 
+What crosses to training is in ``specdec/learning.py``.
+
 Glossary: *p* target distribution, *q* draft distribution. A step *drafts* nodes, *accepts* some of them along one path
 and adds the *bonus*, the target's own token after the last accepted node; *emitted* = accepted + bonus, after stops.
 
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -325,63 +326,6 @@ class Shaped(Protocol):
 
     def reshape(self, paths: Sequence[Sequence[int]]) -> None:
         """Take another tree from the next ``propose`` on; ValueError where it is none, or none that can be filled."""
-        ...
-
-
-class Lesson(Protocol):
-    """What is minimised while a drafter learns: an ``nn.Module`` that registers the parameters that learn, no others.
-
-    Attributes:
-        taps, ahead: states of the frozen target to learn from; how far ahead of a position its losses' tokens are.
-    """
-
-    taps: tuple[Tap, ...]
-    ahead: tuple[int, ...]
-
-    def __call__(
-        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, states: Mapping[Tap, Tensor]
-    ) -> dict[str, Tensor]:
-        """Judge one batch of packed texts (``specdec.training.objectives`` has the pieces that lessons share).
-
-        Args:
-            token_ids: int64 ``[B, T]``; a row holds several texts one after the other.
-            positions: int64 ``[B, T]``, of each token in its own text: a 0 starts a text.
-            wanted: bool ``[B, T]``, the tokens to be predicted (an assistant's, none of the padding).
-            states: tap -> ``[B, T, H]`` of the target over those texts.
-
-        Returns:
-            ``loss``, a scalar to descend; ``hits`` int64 ``[K, R]``, for each of the K depths how often the wanted
-            token was among the draft's best 1..R; ``counted`` int64 ``[K]``, of how many. Other scalars are logged.
-        """
-        ...
-
-
-@runtime_checkable
-class Trainable(Protocol):
-    """A drafter whose weights can be learnt for the target that it is bound to."""
-
-    def lesson(self, target: Target, **options: Any) -> Lesson:
-        """The module to train; it shares its parameters with this drafter.
-
-        Args:
-            target: the one it is bound to, frozen.
-            **options: of the loss, as its recipe has them.
-
-        Raises:
-            ValueError: an option that this drafter's loss does not have (names those it has), or a value out of range.
-        """
-        ...
-
-    def save(self, folder: Path, layout: str = "specdec") -> None:
-        """Write the weights with a config, so that ``path=folder`` finds them.
-
-        Args:
-            folder: made where it is missing.
-            layout: ``specdec``, or the name of a public layout of the method.
-
-        Raises:
-            ValueError: an unknown layout (lists those there are).
-        """
         ...
 
 

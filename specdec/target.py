@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.attention import AttentionBackend, Switch
@@ -287,7 +288,7 @@ class Target:
         context.lengths = [length + len(path) for length, path in zip(context.lengths, paths, strict=True)]
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits of final states ``[B, T, H]`` -> ``[B, T, V]``, with the model's own soft-cap and scaling.
+        """Logits of final states ``[B, T, H]`` -> ``[B, T, V]``, with the model's own soft-cap and scaling; T may be 0.
 
         Gradients reach ``states`` where the caller wants them, the head's own parameters where they are not frozen.
         """
@@ -312,6 +313,10 @@ class Target:
         _ = self.head_is_all
 
     def _through_model(self, states: Tensor) -> Tensor:
+        if states.shape[1] == 0:
+            # No model reads an empty text. One state that nobody keeps runs the layers as often as other states would,
+            # which processes that share them count on, and leaves the logits where gradients find them.
+            return self._through_model(F.pad(states, (0, 0, 0, 1)))[:, :0]
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)
         with self.router.head_sees(states):
             return self.model(input_ids=ids, use_cache=False, return_dict=True).logits

@@ -65,7 +65,7 @@ class ResidualLesson(nn.Module):
 
     def __init__(self, target: Target, depths: int = 2, dropout: float = 0.1, taps: Sequence[Tap] = ("final",)) -> None:
         super().__init__()
-        self.taps, self.ahead = tuple(taps), tuple(range(2, depths + 2))
+        self.taps, self.steps_ahead = tuple(taps), tuple(range(2, depths + 2))
         self.heads = nn.ModuleList(nn.Linear(target.hidden_size, target.hidden_size) for _ in range(depths))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -85,7 +85,9 @@ class ResidualLesson(nn.Module):
             found.append(objectives.hits(logits, labels, where))
             counted.append(where)
         size = torch.stack([parameter.square().mean() for parameter in self.parameters()]).sum()
-        return objectives.learnt(losses, [0.8 ** (step - 1) for step in self.ahead], found, counted, self.ahead) | {
+        return objectives.learnt(
+            losses, [0.8 ** (step - 1) for step in self.steps_ahead], found, counted, self.steps_ahead
+        ) | {
             "size": size,
             "progress": torch.tensor(self.progress),
         }
@@ -104,6 +106,9 @@ class Pupil(BaseDrafter):
             raise ValueError(f"no option {sorted(unknown)}; known: dropout")
         self._lesson = ResidualLesson(target, **options)
         return self._lesson
+
+    def settled(self) -> dict[str, Any]:
+        return {}
 
     def save(self, folder: Path, layout: str = "specdec") -> None:
         if layout != "specdec":

@@ -8,26 +8,30 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.utils.data import BatchSampler, SequentialSampler
 
-from pupils import ResidualLesson, Rows, target_of
+from pupils import ResidualLesson, Rows, target_of, trainer_in
 from specdec import cli
-from specdec.build import config_dir
+from specdec.build import build_drafter, config_dir
 from specdec.commands import train
 from specdec.training import objectives, ranks
 from specdec.training.features import Frozen
 from specdec.training.ranks import Ranks
-from specdec.training.scores import Even, Scores
+from specdec.training.scores import Even, Scores, once
+from specdec.training.trainer import training_arguments
 
 MEDUSA = ("drafter=medusa", "drafter.path=new", "drafter.num_heads=2")
 SETTINGS = (
@@ -132,7 +136,7 @@ def test_losses_of_parts_are_the_loss_of_the_whole() -> None:
     assert counts[1].min() > 0
     lesson.zero_grad()
     losses = []
-    with objectives.of_step(dict(zip(lesson.ahead, counts.mean(0), strict=True))):
+    with objectives.of_step(dict(zip(lesson.steps_ahead, counts.mean(0), strict=True))):
         for half in halves:
             losses.append(lesson(**half)["loss"] / 2)
             losses[-1].backward()
@@ -160,16 +164,93 @@ def test_rows_that_fill_up_the_last_batch_count_for_nothing() -> None:
     assert rows[0]["wanted"].any(), "a copy was emptied"
 
 
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("target.device_map=auto", "of several processes each has its own target"),
-    ],
-)
-def test_what_several_processes_cannot_do(option: str, expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("name", ["medusa.Medusa", "hydra_heads.Hydra", "kangaroo.Kangaroo"])
+def test_a_batch_in_which_nothing_is_wanted(name: str, family: str) -> None:
+    """It teaches nothing, and every weight has a gradient of zeros for the other processes."""
+    target, drafter = target_of(family), build_drafter({"_target_": f"drafters.{name}", "path": "new"})
+    assert drafter.fit(target) is None
+    lesson, rows = drafter.lesson(target), Rows(2).items  # type: ignore[attr-defined]
+    for row in rows:
+        row["wanted"][:] = False
+    found = lesson(**batch(rows, Frozen(target, lesson.taps)))
+    found["loss"].backward()
+    assert (float(found["loss"].detach()), int(found["counted"].sum()), int(found["hits"].sum())) == (0, 0, 0)
+    for key, parameter in lesson.named_parameters():
+        assert parameter.grad is not None, key
+        assert not parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
+def test_the_head_of_no_states(family: str) -> None:
+    target = target_of(family)
+    assert target.head_is_all == (family == "llama")
+    passes: list[Any] = []
+    target.layers[0].register_forward_pre_hook(lambda *_: passes.append(None))
+    counts = []
+    for length in (3, 0):
+        states = torch.randn(1, length, target.hidden_size, requires_grad=True)
+        logits = target.head(states)
+        assert (logits.shape, logits.dtype) == ((1, length, target.vocab_size), torch.float32)
+        logits.sum().backward()
+        assert states.grad is not None
+        counts.append(len(passes))
+        passes.clear()
+    assert counts[0] == counts[1], "layers that are cut up are put together by all processes at once"
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_epoch_shows_each_row_once(batch_size: int, size: int, split: bool) -> None:
+    """Whatever accelerate fills the last batches up with."""
+    for count in range(1, 20):
+        rows = Rows(count)
+        wanted: list[int] = []
+        for rank in range(size):
+            dealt = BatchSampler(SequentialSampler(rows), batch_size * (size if split else 1), drop_last=False)
+            mine = list(BatchSamplerShard(dealt, size, rank, split_batches=split) if size > 1 else dealt)
+            *before, last = [{"row": torch.tensor(chosen), "wanted": torch.ones(len(chosen), 3)} for chosen in mine]
+            for part in (*before, once(last, count, rank, size) if size > 1 else last):
+                wanted += part["row"][part["wanted"].all(1)].tolist()
+            assert last["wanted"].all(), "a copy was emptied"
+        assert sorted(wanted) == list(range(count))
+
+
+@pytest.mark.parametrize("option", [{"even_batches": False}, {"dispatch_batches": True}])
+def test_other_ways_to_deal_batches_out(
+    option: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, ((name, value),) = target_of(), option.items()
+
+    def arguments(**options: bool) -> Any:
+        return training_arguments({"accelerator_config": options}, tmp_path, 0, target, evaluates=False)
+
+    arguments(**option)
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    arguments(split_batches=True)
+    with pytest.raises(ValueError, match=f"accelerator_config.{name}={str(value).lower()} deals batches .* left out"):
+        arguments(**option)
+
+
+def test_parting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wraps the lesson goes before the group of processes that it speaks to."""
+    trainer = trainer_in(tmp_path)
+    wrapper = nn.ModuleList([trainer.model])
+    gone, there = weakref.ref(wrapper), []
+    trainer.model_wrapped = wrapper
+    trainer.accelerator._models.append(wrapper)
+    monkeypatch.setattr(trainer.accelerator, "end_training", lambda: there.append(gone()))
+    del wrapper
+    trainer.end()
+    assert there == [None]
+
+
+def test_several_processes_cannot_share_a_target(tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("train", overrides=[*TRAIN, "data.path=x", f"output={tmp_path}", f"++{option}"])
-    with pytest.raises(ValueError, match=expected):
+        overrides = [*TRAIN, "data.path=x", f"output={tmp_path}", "++target.device_map=auto"]
+        config = compose("train", overrides=overrides)
+    with pytest.raises(ValueError, match="of several processes each has its own target"):
         train._prepared(config, tmp_path, 2, Console(quiet=True))
 
 
@@ -182,13 +263,15 @@ def write_chats(path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def launch(folder: Path, *arguments: str, settings: tuple[str, ...] = TRAIN) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, *arguments: str, settings: tuple[str, ...] = TRAIN, module: str = "specdec.cli"
+) -> subprocess.CompletedProcess[str]:
     """The command on two processes, as a user starts it in a folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     if "target.device=cpu" in settings:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # FSDP and DeepSpeed take what they find
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "specdec.cli", "train", *settings, "data.path=chats.jsonl", *arguments]
+    command = [*torchrun, "-m", module, "train", *settings, "data.path=chats.jsonl", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=300
     )
@@ -245,3 +328,26 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert made.keys() == expected.keys()
     for name, tensor in made.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_the_target_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medusa-2 over an epoch whose last step has too few rows for both processes."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", ["specdec"])
+    monkeypatch.chdir(tmp_path)
+    write_chats(tmp_path / "chats.jsonl")
+    joint = (*TRAIN, "loss.joint=true", "loss.rank=4", "loss.dropout=0", "limit=12", "trainer.num_train_epochs=1",
+             "trainer.per_device_eval_batch_size=4")  # fmt: skip
+    cli.main(["train", *joint, "data.path=chats.jsonl", "output=one", "trainer.per_device_train_batch_size=4"])
+    made = launch(tmp_path, "output=two", "trainer.per_device_train_batch_size=2", settings=joint)
+    assert made.returncode == 0, made.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert json.loads((one / "provenance.json").read_text())["texts"]["train"]["rows"] == 5
+    assert [step for step, _ in curve(two)] == [step for step, _ in curve(one)] == [1, 2, 2]
+    for (_, ours), (_, theirs) in zip(curve(two), curve(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    for part in ("drafter", "checkpoint-2"):
+        found, expected = (load_file(place / part / "model.safetensors") for place in (two, one))
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4)

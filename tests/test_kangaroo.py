@@ -24,7 +24,8 @@ from drafters.kangaroo_tree import ExpandedTree
 from drafters.suffix_automaton import SamDecoding
 from equality import tiny_llama
 from specdec.decoding import Step
-from specdec.interfaces import DecodeState, Lesson, Trainable
+from specdec.interfaces import DecodeState
+from specdec.learning import Lesson, Trainable
 from specdec.loading import demo_target
 from specdec.routing import Route
 from specdec.target import Target

@@ -22,7 +22,8 @@ from drafters.medusa_heads import MedusaHeads, MedusaLesson, new_heads
 from drafters.medusa_trees import PUBLISHED, best_paths, published_accuracies, published_paths
 from specdec import capabilities
 from specdec.decoding import Step
-from specdec.interfaces import DecodeState, Trainable
+from specdec.interfaces import DecodeState
+from specdec.learning import Trainable
 from specdec.target import Target
 from specdec.templates import Template
 from zoo import HIDDEN, PAD, VOCAB, build, untrained

@@ -29,7 +29,7 @@ LEARNERS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
 def test_a_drafter_says_what_its_weights_decide(kind: Any, options: dict[str, Any], sizes: dict[str, Any]) -> None:
     drafter = kind(path="new", **options)
     assert drafter.fit(target_of(build("llama"))) is None
-    assert drafter.sizes == sizes
+    assert drafter.settled() == sizes
     assert sizes.keys() <= inspect.signature(kind).parameters.keys()
 
 

@@ -423,6 +423,24 @@ def test_mistakes(
 
 
 @pytest.mark.usefixtures("pupil")
+def test_a_lesson_that_does_not_say_what_it_is_about(
+    chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Pupil.lesson
+
+    def without(self: Pupil, target: Target, **options: Any) -> Any:
+        lesson = made(self, target, **options)
+        del lesson.steps_ahead
+        return lesson
+
+    monkeypatch.setattr(Pupil, "lesson", without)
+    assert run(*SMALL, f"data.path={chats}", f"output={tmp_path / 'run'}") == 2
+    said = capsys.readouterr().err
+    assert "the lesson of drafter 'pupil', ResidualLesson, has no steps_ahead; expected what specdec.learning" in said
+    assert not list((tmp_path / "run").glob("*")), "nothing is written"
+
+
+@pytest.mark.usefixtures("pupil")
 def test_a_path_that_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"output={tmp_path}") == 2
     assert "data=chat needs data.path=..." in capsys.readouterr().err

@@ -44,7 +44,7 @@ from specdec.commands._texts import Texts, check_features, check_length, texts_o
 from specdec.evaluation.provenance import now, provenance
 from specdec.evaluation.records import replace_text
 from specdec.generation import attach, restore, speculation_of
-from specdec.interfaces import Trainable
+from specdec.learning import Trainable
 from specdec.target import Target
 from specdec.training.features import Frozen, check_packed
 from specdec.training.ranks import Ranks, launched_rank
@@ -155,13 +155,13 @@ def _prepared(
     check_packed(target)
     with tempfile.TemporaryDirectory() as scratch:  # a layout that cannot be is known now, not after the training
         drafter.save(Path(scratch), settings["layout"])
-    pupil = Pupil(drafter, target, drafter.lesson(target, **(settings["loss"] or {})))
+    pupil = Pupil(drafter, target, _lesson(drafter, target, settings["loss"] or {}))
     check_lesson(arguments, pupil.lesson, target)
     frozen = Frozen(target, pupil.lesson.taps)
     check_features(settings["features"], frozen)
     texts = texts_of(config, session, console)
     resolved = {**settings, "texts_fingerprint": texts.fingerprint, PROCESSES: processes}
-    resolved["drafter"] = {**settings["drafter"], **getattr(drafter, "sizes", {})}
+    resolved["drafter"] = settings["drafter"] | drafter.settled()
     said = provenance(session.loaded, _command(), resolved, None, _overrides()) | {"texts": texts.said}
     return pupil, frozen, texts, arguments, Run(folder, None, said, console)
 
@@ -212,7 +212,7 @@ def _train(pupil: Pupil, frozen: Frozen, texts: Texts, arguments: Any, this: Run
     with trainer.whole(), _told_when_full(this.folder):
         if trainer.is_world_process_zero():
             _save(pupil, this, metrics)
-    trainer.accelerator.end_training()
+    trainer.end()
     return metrics
 
 
@@ -308,8 +308,23 @@ def _trainable(config: DictConfig) -> Any:
 def _learners() -> Iterator[str]:
     for name in choices("drafter"):
         made = get_object(load("drafter", name)["_target_"])
-        if all(hasattr(made, method) for method in ("lesson", "save")):
+        if all(hasattr(made, method) for method in ("lesson", "settled", "save")):
             yield name
+
+
+def _lesson(drafter: Any, target: Target, options: Mapping[str, Any]) -> Any:
+    """What the drafter's weights learn from.
+
+    Raises:
+        ValueError: an option that its loss does not have, or a lesson that does not say what it is about.
+    """
+    lesson = drafter.lesson(target, **options)
+    if missing := [name for name in ("taps", "steps_ahead") if not hasattr(lesson, name)]:
+        raise ValueError(
+            f"the lesson of drafter {drafter.name!r}, {type(lesson).__name__}, has no {' and no '.join(missing)}; "
+            "expected what specdec.learning.Lesson has"
+        )
+    return lesson
 
 
 def _frozen_target(session: Session, drafter: Any) -> Target:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RANKS = 5
-_POSITIONS: ContextVar[Mapping[int, Tensor] | None] = ContextVar("positions of a batch, on average", default=None)
+_COUNTS: ContextVar[Mapping[int, Tensor] | None] = ContextVar("wanted positions of a batch, on average", default=None)
 
 
 def ahead(values: Tensor, steps: int) -> Tensor:
@@ -86,19 +86,19 @@ def hits(logits: Tensor, labels: Tensor, where: Tensor) -> Tensor:
 
 
 @contextmanager
-def of_step(positions: Mapping[int, Tensor]) -> Iterator[None]:
+def of_step(counts: Mapping[int, Tensor]) -> Iterator[None]:
     """Within the block a loss is a batch's part in its step: the sum over the batch, over what the batches of the step
     have on average. So the mean over the batches, accumulated ones and those of other processes, is the loss of all of
     them as one, however many tokens are wanted in each. That holds for losses of ``learnt`` and ``shared``.
 
     Args:
-        positions: steps ahead -> in how many positions of a batch the token so far ahead is wanted, on average.
+        counts: steps ahead -> in how many positions of a batch the token so far ahead is wanted, on average.
     """
-    token = _POSITIONS.set(positions)
+    token = _COUNTS.set(counts)
     try:
         yield
     finally:
-        _POSITIONS.reset(token)
+        _COUNTS.reset(token)
 
 
 def shared(losses: Tensor, counts: Tensor, steps: Sequence[int]) -> Tensor:
@@ -108,12 +108,12 @@ def shared(losses: Tensor, counts: Tensor, steps: Sequence[int]) -> Tensor:
     Args:
         losses: ``[K]``, means over positions.
         counts: int64 ``[K]``, over how many.
-        steps: K of them, how far ahead of a position its token is; among the lesson's ``ahead``.
+        steps: K of them, how far ahead of a position its token is; among the lesson's ``steps_ahead``.
     """
-    positions = _POSITIONS.get()
-    if positions is None:
+    on_average = _COUNTS.get()
+    if on_average is None:
         return losses
-    average = torch.stack([positions[step] for step in steps])
+    average = torch.stack([on_average[step] for step in steps])
     return losses * (counts / average.clamp(min=1e-12)).to(losses.dtype)
 
 

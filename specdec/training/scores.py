@@ -1,4 +1,5 @@
-"""How well a draft does on held-out texts: what is counted, over batches and over the processes of a distributed run.
+"""How well a draft does on held-out texts: what is counted, over batches and over the processes of a distributed run;
+and that each row counts once, however batches are filled up for all processes to have one.
 
 Shapes: K depths (heads), R ranks.
 """
@@ -60,6 +61,42 @@ class Scores:
                 [round(max(now - before, 0.5) / of, 6) for before, now in zip([0.0, *hits], hits, strict=False)]
             )
         return made or None
+
+
+def once(batch: Mapping[str, Any], rows: int, rank: int, size: int) -> dict[str, Any]:
+    """The last batch of an epoch without what the epoch has shown before.
+
+    Batches are dealt to the processes in turn, or each batch in as many parts (accelerate's ``split_batches``). Where
+    the last round is not full, rows from the beginning of the epoch fill it up (``even_batches``), so that each process
+    has a whole batch; in those nothing is wanted any more.
+
+    Args:
+        batch: of this process, B rows; ``wanted [B, T]``.
+        rows: of the epoch.
+        rank: this process's number.
+        size: how many processes there are.
+    """
+    wanted = batch["wanted"].clone()
+    if left := rows % (size * len(wanted)):  # of the last round, those that the epoch had left
+        wanted[max(left - rank * len(wanted), 0) :] = False
+    return {**batch, "wanted": wanted}
+
+
+def check_dealing(arguments: Any) -> None:
+    """Hold the arguments of a distributed training to how ``once`` takes batches to be dealt out.
+
+    Raises:
+        ValueError: an option of accelerate's by which a process lacks a batch, or rows shown before look like others.
+    """
+    dealing = arguments.accelerator_config
+    usual = {"even_batches": True, "dispatch_batches": False}
+    wrong = [name for name, value in usual.items() if bool(getattr(dealing, name)) != value]
+    if wrong and arguments.world_size > 1:
+        raise ValueError(
+            f"trainer.accelerator_config.{wrong[0]}={str(not usual[wrong[0]]).lower()} deals batches out in another "
+            "way than what makes several processes one; expected it left out: each process has as many batches, and "
+            "rows that fill up the last of an epoch teach nothing"
+        )
 
 
 class Even(Dataset[dict[str, Any]]):

@@ -15,9 +15,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from specdec.target import Target
-from specdec.training import sharding
+from specdec.training import recomputing, sharding
 from specdec.training.callbacks import AtCheckpoints, Steps
 from specdec.training.features import Frozen
 from specdec.training.objectives import of_step, wanted_ahead
-from specdec.training.scores import Even, Scores
+from specdec.training.scores import Even, Scores, check_dealing, once
 
 STATE = "trainer_state.json"
 # Names of before, which later releases of transformers warn of.
@@ -63,8 +62,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """Transformers' own arguments from the section ``trainer`` of a config.
 
-    The device is the target's; a target in half precision trains under autocast in its dtype, unless ``options`` say
-    otherwise.
+    The device is the target's; a target in half precision trains under autocast in its dtype, unless ``options`` or a
+    config of DeepSpeed say otherwise.
 
     Args:
         options: any of ``transformers.TrainingArguments``.
@@ -73,9 +72,13 @@ def training_arguments(
         target: the frozen model.
         evaluates: whether there are held-out texts.
 
+    Returns:
+        With one attribute more: ``autocast_dtype``, of the autocast that the lesson enters by itself (None = it does
+            not), where FSDP or DeepSpeed cut it up.
+
     Raises:
-        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, or a way of
-            distributing that these processes cannot have.
+        ValueError: an unknown option (names the closest), one that is set elsewhere, a wrong value, options that
+            contradict each other, or a way of distributing that these processes cannot have.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in options:
@@ -95,8 +98,13 @@ def training_arguments(
     if not {"bf16", "fp16"} & options.keys():
         given |= {"bf16": target.dtype == torch.bfloat16, "fp16": target.dtype == torch.float16 and not cpu}
     given |= {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
-    arguments = TrainingArguments(**given | sharding.completed(given))
+    given |= sharding.completed(given)
+    instead, autocast = sharding.half_precision(given, options)
+    arguments = TrainingArguments(**given | instead)
+    arguments.autocast_dtype = autocast
+    sharding.settle(arguments)
     sharding.check(arguments)
+    check_dealing(arguments)
     if arguments.n_gpu > 1:
         # DataParallel would copy the lesson to devices that the target is not on; torchrun gives each its own.
         arguments._n_gpu = 1
@@ -107,7 +115,7 @@ class DrafterTrainer(Trainer):
     """Trains a lesson.
 
     Args:
-        lesson: an ``nn.Module`` as ``specdec.interfaces.Lesson`` has it; its parameters become float32. It may have
+        lesson: an ``nn.Module`` as ``specdec.learning.Lesson`` has it; its parameters become float32. It may have
             ``parameter_groups(lr)``, groups as optimizers take them, and ``progress``, which is set before each step to
             the share of the training that is done.
         arguments: as ``training_arguments`` makes them.
@@ -138,6 +146,9 @@ class DrafterTrainer(Trainer):
         if arguments.world_size > 1 and held_out is not None:
             held_out = Even(held_out, arguments.world_size * arguments.per_device_eval_batch_size)
         self.frozen, self.scores = frozen, Scores()
+        if arguments.autocast_dtype is not None:
+            # Within the lesson, because DeepSpeed's engine leaves an autocast around itself.
+            lesson.forward = torch.autocast(arguments.device.type, arguments.autocast_dtype)(lesson.forward)
         super().__init__(
             model=lesson.float(),
             args=arguments,
@@ -146,16 +157,16 @@ class DrafterTrainer(Trainer):
             eval_dataset=held_out,
             callbacks=[*callbacks, Steps(lesson)],
         )
-        if _recomputes(arguments):
-            _let_recompute(lesson, frozen.target)
+        if recomputing.asked(arguments):
+            recomputing.allow(lesson, frozen.target)
         self.remove_callback(PrinterCallback)
         # A lesson's loss is its batch's part of a mean over batches, so accumulated ones are to be divided.
         self.model_accepts_loss_kwargs = False
         self._judged: tuple[int, dict[str, float]] | None = None  # at which step, and how
         self._best: int | None = None  # the step whose weights were taken up at the end
         self._extras: dict[str, list[Tensor]] = {}
-        self._ahead: tuple[int, ...] = tuple(lesson.ahead)
-        self._positions: dict[int, Tensor] = {}
+        self._steps_ahead: tuple[int, ...] = tuple(lesson.steps_ahead)
+        self._counts: dict[int, Tensor] = {}
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, and FSDP on what it leaves out; the frozen layers are then cut up, too."""
@@ -166,26 +177,27 @@ class DrafterTrainer(Trainer):
         if self.is_fsdp_enabled:
             sharding.shard_target(self.frozen.target)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> AbstractContextManager[None]:
         """Within the block the lesson's weights are whole, as saving it needs them; for all processes at once."""
-        with sharding.whole(self.model):
-            yield
+        return sharding.whole(self.model)
 
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """The batches of a step, whose wanted tokens are counted before the first of them is learnt from."""
         batches, items = super().get_batch_samples(*args, **options)
-        self._positions = self._average(batches) if len(batches) * self.args.world_size > 1 else {}
+        size = self.args.world_size
+        if size > 1 and self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            batches[-1] = once(batches[-1], len(self.train_dataset), self.args.process_index, size)
+        self._counts = self._average(batches) if len(batches) * size > 1 else {}
         return batches, items
 
     def _average(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
         """Steps ahead -> wanted positions of a batch of this step: the mean over its batches of all processes."""
         counts = [
-            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._ahead])
+            torch.stack([wanted_ahead(batch["positions"], batch["wanted"], step).sum() for step in self._steps_ahead])
             for batch in batches
         ]
         total = self.accelerator.reduce(torch.stack(counts).sum(0).to(self.args.device), "sum")
-        return dict(zip(self._ahead, total / (len(batches) * self.args.world_size), strict=True))
+        return dict(zip(self._steps_ahead, total / (len(batches) * self.args.world_size), strict=True))
 
     def compute_loss(
         self,
@@ -200,9 +212,7 @@ class DrafterTrainer(Trainer):
         if states is None:
             made = self.frozen(inputs["token_ids"], inputs["positions"])
             states = {tap: tensor.to(self.args.device) for tap, tensor in made.items()}
-        # Under FSDP nobody else sees to mixed precision.
-        precision = self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
-        with precision, of_step(self._positions) if model.training and self._positions else nullcontext():
+        with of_step(self._counts) if model.training and self._counts else nullcontext():
             outputs = model(**inputs, states=states)
         if model.training:
             for name in outputs.keys() - {"loss", *_FIGURES}:
@@ -306,8 +316,9 @@ class DrafterTrainer(Trainer):
         """
         state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE))
         if state is not None and state.global_step >= self._total_steps():
+            assert checkpoint is not None
             # Nothing is left to do, and the Trainer would do one step more.
-            self._take_up(Path(str(checkpoint)))
+            self._take_up(checkpoint)
             self.state = state
             state.is_world_process_zero = self.is_world_process_zero()
             for callback in self.callback_handler.callbacks:
@@ -326,41 +337,19 @@ class DrafterTrainer(Trainer):
         assert self._judged is not None
         return self._judged[1]
 
+    def end(self) -> None:
+        """Part from the other processes; nothing is trained or judged any more."""
+        # DDP goes first. Were it the last to hold the process group, it would wait for the group's threads without
+        # letting go of the interpreter's lock, and they for the lock.
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
         in_epoch = max(math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps), 1)
         return math.ceil(self.args.num_train_epochs * in_epoch)
-
-
-def _recomputes(arguments: TrainingArguments) -> bool:
-    """Whether activations are to be recomputed, by either of the names that transformers has for it."""
-    return bool(arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False))
-
-
-def _let_recompute(lesson: Any, target: Target) -> None:
-    """Give a lesson that learns through the target the methods by which the Trainer has activations recomputed.
-
-    Raises:
-        ValueError: nothing of the target learns.
-    """
-    if not any(parameter.requires_grad for parameter in target.model.parameters()):
-        raise ValueError(
-            "trainer.gradient_checkpointing=true recomputes the layers through which gradients go, and the target's "
-            "are frozen; it serves loss.joint=true, where the target learns too. Smaller batches "
-            "(trainer.per_device_train_batch_size=, with trainer.gradient_accumulation_steps=) save memory here"
-        )
-
-    def enable(name: str, **options: Any) -> None:
-        getattr(target.model, name)(**options)
-        for layer in target.layers:
-            # Transformers recomputes in training mode alone. The layers' parts stay in evaluation mode, so that the
-            # backbone computes what it would compute; its adapters are in training mode already.
-            layer.training = True
-
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if hasattr(target.model, name):
-            setattr(lesson, name, partial(enable, name))
 
 
 def last_checkpoint(output: Path) -> Path | None:
