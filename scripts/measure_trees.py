@@ -1,7 +1,7 @@
 """What a chosen tree is worth: published, tuned and adaptive trees of a drafter on the demo target, in turns.
 
     python scripts/measure_trees.py --drafter token_recycling --tree my_tree.yaml --gsm8k train.jsonl [--rows 20]
-        [--threads 2] [--compile] [--output results.json]
+        [--set shape=chain] [--threads 2] [--compile] [--output results.json]
 
 Two measurements from one process, in which the methods take turns on every prompt, in a drawn order, so that a drift of
 the machine hits all alike:
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,8 +83,8 @@ class Method:
             self.handle.reset()
 
 
-def methods(model: Any, drafter: str, path: str, compiled: bool) -> list[Method]:
-    """``generate``, the plain loop, and the drafter with each of its trees."""
+def methods(model: Any, drafter: str, own: dict[str, Any], path: str, compiled: bool) -> list[Method]:
+    """``generate``, the plain loop, and the drafter, with options of its own, with each of its trees."""
     wanted: dict[str, dict[str, Any]] = {"own": {}}
     if drafter in PUBLISHED:
         wanted["published"] = PUBLISHED[drafter]
@@ -93,7 +94,7 @@ def methods(model: Any, drafter: str, path: str, compiled: bool) -> list[Method]
         "adaptive from tuned": {"tree": {"_target_": "specdec.adaptive.Adaptation", "path": path}},
     }
     found = [Method("generate", None), Method("plain loop", _attached(model, "none", compiled))]
-    found += [Method(name, _attached(model, drafter, compiled, **options)) for name, options in wanted.items()]
+    found += [Method(name, _attached(model, drafter, compiled, **own, **options)) for name, options in wanted.items()]
     for method in found:
         if method.handle is not None and isinstance(method.handle.drafter, Adaptive):
             _time_choices(method, method.handle.drafter)
@@ -220,6 +221,7 @@ def main() -> None:
     """Measure and print; the last line of standard output is JSON where no file is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--drafter", default="token_recycling")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of the drafter")
     parser.add_argument("--tree", required=True, help="a file of specdec tune")
     parser.add_argument("--gsm8k", required=True, help="GSM8K's train.jsonl, of which held-out questions are asked")
     parser.add_argument("--rows", type=int, default=20)
@@ -233,7 +235,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     console, loaded = Console(stderr=True), demo_target(options.dtype)
     model = loaded.model
-    contenders = methods(model, options.drafter, options.tree, options.compile)
+    own = {name: yaml.safe_load(value) for name, _, value in (option.partition("=") for option in options.set)}
+    contenders = methods(model, options.drafter, own, options.tree, options.compile)
     questions = Selection(limit=options.rows, sample=True)(heldout(options.gsm8k))
     said: dict[str, Any] = {
         "provenance": provenance(loaded, ["python", *sys.argv], {}, None, []),
