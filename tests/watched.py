@@ -24,7 +24,7 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
         precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
         return _shared(*arguments)
 
-    objectives.shared = note  # which every lesson comes to within its own forward
+    vars(objectives)["shared"] = note  # which every lesson comes to within its own forward
     metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
     word = {
         "engine": type(engine).__name__,
