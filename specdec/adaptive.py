@@ -122,7 +122,8 @@ class Adaptive:
         self.announce: Callable[[str], None] = _LOG.info
         self._passes: dict[int, np.ndarray] = {}
         self._plain, self._paths = False, list[tuple[int, ...]]()
-        self._knows_costs, self._edge = False, 1.0
+        self._edge = 1.0
+        self._knows_costs: bool | None = None  # not before a request: how passes run is settled after fit
         self._began = self._drafting = 0.0
         self._proposed: TokenTree | None = None
         self._target: Target | None = None
@@ -151,7 +152,7 @@ class Adaptive:
         if known:
             return None
         self._prior = self._prior_rates()
-        self._heed_file(target)
+        self._edge, self._knows_costs = self._beyond_reckoning(), None
         self._passes.clear()
         self._forget()
         if self._saved is not None:
@@ -159,18 +160,24 @@ class Adaptive:
             self.load_state_dict(saved)
         return None
 
-    def _heed_file(self, target: Target) -> None:
-        """Whether the file's costs are those of this target, and what its tree is worth beyond what is reckoned."""
+    def _beyond_reckoning(self) -> float:
+        """What the file's tree is worth beyond what is reckoned: by rates and costs alone another one may win, but
+        this is the one that did when they were tried.
+        """
         if self.file is None:
-            return
-        other = self.file.made_elsewhere(target)
-        self._knows_costs = not other
-        if other:
-            _LOG.warning("adaptive tree: its file was made with other %s; costs are measured anew", ", ".join(other))
-        # By rates and costs alone another tree may win; the file's own is the one that did when both were tried.
+            return 1.0
         profile, costs = self.file.profile, self.file.costs
         best = choose(profile, costs, self._limit, self._depth, quick=True).rate
-        self._edge = max(best / expect(self.file.paths, profile, costs).rate, 1.0)
+        return max(best / expect(self.file.paths, profile, costs).rate, 1.0)
+
+    def _trusts_file(self, target: Target) -> bool:
+        """Whether the file's costs are those of this target, as it runs now."""
+        if self.file is None:
+            return False
+        other = self.file.made_elsewhere(target)
+        if other:
+            _LOG.warning("adaptive tree: its file was made with other %s; costs are measured anew", ", ".join(other))
+        return not other
 
     def _prior_rates(self) -> np.ndarray:
         """float64 ``[D, R]``: the file's rates, or those that the drafter knows of itself, or a guess."""
@@ -203,21 +210,24 @@ class Adaptive:
         """The drafter begins; where no file says what a pass costs, passes over such a batch are timed once."""
         self.drafter.start(state, prefill)
         self._wait = self.settings.interval
-        rows = state.batch_size
+        rows, target = state.batch_size, self._target
+        assert target is not None
+        if self._knows_costs is None:
+            self._knows_costs = self._trusts_file(target)
         if rows in self._passes:
             return
         if not self._fits_online(state):
             assert self.file is not None
             self._passes[rows] = self.file.costs.passes
             return
-        target, context = self._target, state.context
-        assert target is not None and context is not None
+        context = state.context
+        assert context is not None
         compiled = graph_sizes(target)
         begun = perf_counter()
         sizes = sizes_up_to(self._limit, compiled, coarse=True)
         times = pass_seconds(target, context, sizes, 5, self.drafter.needs.taps, _MEASURING_S)
         self._passes[rows] = curve(times, stairs=compiled is not None)
-        self.announce(f"adaptive tree: timed passes of {len(sizes)} sizes in {perf_counter() - begun:.2f} s")
+        self.announce(f"adaptive tree: timed passes of {len(times)} sizes in {perf_counter() - begun:.2f} s")
 
     def propose(self, state: DecodeState) -> TokenTree:
         """The drafter's tree, or none while plain decoding promises more."""
