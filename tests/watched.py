@@ -6,10 +6,12 @@ torchrun --nproc-per-node 2 -m watched train ...
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec import cli
 from specdec.training import objectives
@@ -20,9 +22,10 @@ def learn_and_tell(trainer: Any, checkpoint: Path | None = None) -> dict[str, fl
     """``DrafterTrainer.learn``, and what it was like within."""
     device, precisions, target, lesson = trainer.args.device.type, set(), trainer.frozen.target, trainer.model
 
-    def note(*arguments: Any) -> Any:
+    def note(losses: Tensor, counts: Tensor, steps: Sequence[int]) -> Tensor:
         precisions.add(str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain")
-        return _shared(*arguments)
+        made: Tensor = _shared(losses, counts, steps)
+        return made
 
     vars(objectives)["shared"] = note  # which every lesson comes to within its own forward
     metrics, engine = _learn(trainer, checkpoint), trainer.model_wrapped
