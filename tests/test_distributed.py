@@ -330,6 +330,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_target_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Medusa-2 over an epoch whose last step has too few rows for both processes."""
     pytest.importorskip("peft")

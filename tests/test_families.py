@@ -35,6 +35,7 @@ LAYERS = 4
 POSITION_TABLES = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm", "biogpt")  # what enters layer 0 depends on them
 ATTENTION = re.compile(r"(self_attn|attn|attention|self_attention)$")
 MLP = re.compile(r"(mlp|feed_forward|block_sparse_moe|fc2)$")
+CHAINS = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "prompt_lookup")]  # a tree shows as much
 
 
 @cache
@@ -56,7 +57,7 @@ def speculated(model: Any, drafter: Any, inputs: dict[str, Tensor]) -> Tensor:
         specdec.restore(model)
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt_lookup", "token_recycling"])
+@pytest.mark.parametrize("drafter", [*CHAINS, "token_recycling"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_greedy_text(family: str, drafter: str) -> None:
     model = model_of(family)

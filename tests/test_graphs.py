@@ -100,7 +100,7 @@ def test_text_is_that_of_ordinary_passes(family: str, batch: int) -> None:
     [
         ("early_exit", 1, {"confidence": 0.0}),
         pytest.param("early_exit", 3, {"confidence": 0.0, "width": 3}, marks=SLOW),
-        ("kangaroo", 3, {"confidence": 0.0}),
+        pytest.param("kangaroo", 3, {"confidence": 0.0}, marks=SLOW),
         pytest.param(
             "kangaroo",
             1,

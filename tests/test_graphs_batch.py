@@ -111,7 +111,7 @@ def test_very_large_batches_have_graphs_of_their_own(monkeypatch: pytest.MonkeyP
     assert [shape.batch for shape in traced] == [None, 3]
 
 
-@pytest.mark.parametrize("attention", ["plain", None])
+@pytest.mark.parametrize("attention", ["plain", pytest.param(None, marks=SLOW)])
 def test_masks_of_either_kind(attention: str | None, traced: list[PassShape]) -> None:
     model = model_of("gemma3_text")
     specdec.speculate(model, "prompt_lookup", attention=attention, compile=True)
@@ -125,6 +125,7 @@ def test_masks_of_either_kind(attention: str | None, traced: list[PassShape]) ->
     assert len({shape.nodes for shape in traced}) == len(traced)
 
 
+@SLOW
 def test_parts_of_the_model_and_states_that_enter(monkeypatch: pytest.MonkeyPatch, traced: list[PassShape]) -> None:
     monkeypatch.setattr(passes, "RECURS", 1)
     model = model_of("llama")
@@ -141,6 +142,7 @@ def test_parts_of_the_model_and_states_that_enter(monkeypatch: pytest.MonkeyPatc
     assert len(traced) == known
 
 
+@SLOW
 def test_a_draft_model_shares_its_graphs_too(traced: list[PassShape]) -> None:
     model = model_of("llama")
     drafter: Any = DraftModel(build("llama", seed=1), width=3, depth=3, num_nodes=8)
@@ -268,7 +270,7 @@ def test_a_folder_that_cannot_be_read_is_told_of_and_done_without(monkeypatch: p
         specdec.restore(model)
 
 
-@pytest.mark.parametrize("where", ["trace", "inductor"])
+@pytest.mark.parametrize("where", ["trace", pytest.param("inductor", marks=SLOW)])
 def test_what_fails_for_any_number_of_rows_is_tried_for_each(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, real = list[Any](), getattr(passes, where)
 
@@ -339,8 +341,7 @@ def lengths_of(run: Path) -> dict[Any, list[int]]:
     ("drafter", "warmup"),
     [
         ("token_recycling", 1),
-        ("early_exit", 1),
-        *(pytest.param(*case, marks=SLOW) for case in [("token_recycling", 0), ("early_exit", 0)]),
+        *(pytest.param(*case, marks=SLOW) for case in [("early_exit", 1), ("token_recycling", 0), ("early_exit", 0)]),
     ],
 )
 def test_no_graph_is_made_in_a_call_that_counts(
@@ -388,7 +389,7 @@ def test_no_graph_is_made_in_a_call_that_counts(
     assert lengths_of(tmp_path / "run") == lengths_of(tmp_path / "ordinary")
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_benchmark_makes_graphs_before_it_measures(
     disk: dict[PassShape, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +423,7 @@ assert [line.split()[0] for line in told] == ["loaded"], told
 """
 
 
+@SLOW
 def test_another_process_loads_generated_code_for_other_batches(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from equality import DRAFTERS, VOCAB, assert_same, model, new_text, prompt, run,
 
 SPECULATING = DRAFTERS[1:]
 LENGTH = 16
+SLOW = pytest.mark.slow
 
 WARPERS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},
@@ -79,13 +80,13 @@ def test_warpers_under_sampling(name: str, batch: int) -> None:
     assert_same(case(WARPERS[name], batch, do_sample=True), SPECULATING, reference="none", seed=batch)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=SLOW), 3])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_under_greedy(name: str, batch: int) -> None:
     assert_same(case(PROCESSORS[name], batch))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=SLOW), 3])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors_under_sampling(name: str, batch: int) -> None:
     assert_same(case(PROCESSORS[name], batch, do_sample=True), SPECULATING, reference="none", seed=batch)

@@ -322,6 +322,7 @@ def check(ours: Path, theirs: Path, name: str) -> None:
     assert loaded.fit(target) is None
 
 
+@pytest.mark.slow
 def test_fsdp_trains_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = one_process(tmp_path, 2, (*ON_CPU, *HYDRA), monkeypatch)
     options = (*PARTS, "trainer.fsdp=true", "output=cut", "trainer.max_steps=2")
