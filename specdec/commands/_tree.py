@@ -134,6 +134,7 @@ class TreeTuner:
             first: Profile = more.pop("profile")
             costs = self._costs(passes, first)
             looks, costs = self._looks(first, rates, costs)
+            costs = self._with_plain(costs)
         finally:
             self.drafter.reshape(self.published)
         best = max(looks, key=lambda look: look.choice.rate)
@@ -214,9 +215,27 @@ class TreeTuner:
             shapes = [some[:size] for some in (deep, flat) for size in (*_SHAPES, most) if size <= len(some)]
         watch = self._watch(self._new_counts(), shapes=shapes)
         draft, rest = fit_costs(watch.costs, passes)
-        with using(self.session.model, self.plain):
-            plain = plain_seconds(self.plain, self.ids[: max(len(self.ids) // 4, 1)], self.session.generate)
-        return Costs(passes, plain, draft, rest)
+        return Costs(passes, float(passes[0]), draft, rest)
+
+    def _with_plain(self, costs: Costs) -> Costs:
+        """Costs with those of a plain step, as a share of a step with the drafter's own tree just before it.
+
+        The machine may have been another one, for its speed, when all else was timed minutes ago.
+        """
+        self.drafter.reshape(self.published)
+        shares, steps = list[float](), list[StepCost]()
+        for ids in self.ids[: max(len(self.ids) // 4, 1)]:
+            seen = calibrate(self.handle, [ids], self.session.generate, self._new_counts(), cold=False).costs
+            if not seen:
+                continue
+            with using(self.session.model, self.plain):
+                plain = plain_seconds(self.plain, [ids], self.session.generate)
+            shares.append(plain / statistics.median(step.whole_s for step in seen))
+            steps += seen
+        if not steps:
+            raise ValueError("no text came to a second token; expected longer answers (max_new_tokens)")
+        own = float(costs.seconds(*np.mean([(step.nodes, step.depth) for step in steps], 0)))
+        return replace(costs, plain=statistics.median(shares) * own)
 
     def _looks(self, profile: Profile, rates: np.ndarray, costs: Costs) -> tuple[list[_Look], Costs]:
         """What is seen with the published tree, then with the best one by the wide tree's rates, and so on.
