@@ -270,7 +270,7 @@ def test_a_finished_section_stays_until_its_options_change(tmp_path: Path) -> No
     book = Book(tmp_path, said(command="specdec bench data.gsm8k=/home/me/train.jsonl"))
     book.add("profile", {"nodes": (1, 25)}, {"rows": [1]})
     book.add("step", {"nodes": [1], "place": Path("/home/me/x")}, {"rows": [2]})
-    again = Book(tmp_path, said(started="later"))
+    again = Book(tmp_path, said(started="later", git={"sha": "newer"}))
     assert again.finished("profile", {"nodes": [1, 25]})
     assert again.finished("step", {"nodes": [1], "place": "/somewhere/x"})
     assert not again.finished("step", {"nodes": [1, 8], "place": "/home/me/x"})
@@ -278,6 +278,9 @@ def test_a_finished_section_stays_until_its_options_change(tmp_path: Path) -> No
     text = (tmp_path / BENCH).read_text()
     assert list(json.loads(text)["sections"]) == ["step", "profile"], "in the order of the table"
     assert "/home" not in text
+    again.add("memory", {}, {"rows": []})
+    shas = {name: section["git"] for name, section in again.content["sections"].items()}
+    assert shas == {"step": None, "memory": {"sha": "newer"}, "profile": None}, "by which code each was measured"
     with pytest.raises(ValueError, match="under other conditions .threads: 2 -> 1.; use overwrite=true"):
         Book(tmp_path, said(threads=1))
 

@@ -38,6 +38,9 @@ class Book:
                     f"{self.path} was measured under other conditions ({'; '.join(changed)}); "
                     "use overwrite=true or another output=FOLDER"
                 )
+            for section in self.content["sections"].values():
+                section.setdefault("git", before["git"])
+        self._git = said["git"]
         self.content = {"provenance": without_places(said), "sections": self.content["sections"]}
 
     def finished(self, section: str, options: Mapping[str, Any]) -> bool:
@@ -46,8 +49,8 @@ class Book:
         return known is not None and known["options"] == without_places(options)
 
     def add(self, section: str, options: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        """Write down a finished section, the file in one move."""
-        self.content["sections"][section] = without_places({**figures, "options": dict(options)})
+        """Write down a finished section and the state of the code that it was measured with, the file in one move."""
+        self.content["sections"][section] = without_places({**figures, "git": self._git, "options": dict(options)})
         order = {name: index for index, name in enumerate(SECTIONS)}
         self.content["sections"] = dict(sorted(self.content["sections"].items(), key=lambda item: order[item[0]]))
         replace_text(self.path, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
