@@ -11,18 +11,22 @@ the machine hits all alike:
   temperature of 1.5 (``hot``), and answers that must be twice as long, which end in repetition (``long``). Drafters and
   adaptive trees keep what they know from request to request.
 
-Tokens per second of whole calls, ratios to the drafter's own tree and to the tuned one, and the interval of the latter
-that 95 % of paired resamplings of the requests fall into; rows whose greedy text ends in a loop are left out of
-``heldout`` and counted. ``published`` is the method's published tree where it is not the drafter's default.
+Two figures are told, with the ratio to the tuned tree: tokens per second of whole calls, whose interval is the one that
+95 % of paired resamplings of the requests fall into; and of steady steps, where the slowest tenth of a method's steps
+of each size, which other work on the machine has hit, takes as long as the others. Choosing trees counts in both. Rows
+whose greedy text ends in a loop are left out of ``heldout`` and counted. ``published`` is the method's published tree
+where it is not the drafter's default.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -38,11 +42,13 @@ from torch import Tensor
 
 import specdec
 from specdec.adaptive import Adaptive
+from specdec.decoding import Step
 from specdec.evaluation.data import Selection, heldout
 from specdec.evaluation.methods import all_graphs
 from specdec.evaluation.provenance import provenance
 from specdec.generation import Speculation, restore, speculation_of, using
 from specdec.graphs.passes import makings
+from specdec.interfaces import DecodeState
 from specdec.loading import demo_target
 from specdec.metrics import ends_in_loop
 from specdec.tuning.files import TreeFile
@@ -70,15 +76,30 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     choosing_s: float = 0.0
+    steps: list[list[tuple[int, float]]] = field(default_factory=list)
+    _clock: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return sum(self.tokens) / sum(self.seconds)
+    def see(self, state: DecodeState, step: Step) -> None:  # noqa: ARG002 - an observer's signature
+        """Note the nodes and the seconds of a step, by request."""
+        now = time.perf_counter()
+        if step.tree is None:
+            self.steps.append([])
+        else:
+            self.steps[-1].append((step.tree.num_nodes, now - self._clock))
+        self._clock = time.perf_counter()
+
+    def steady(self) -> np.ndarray:
+        """float64 ``[requests]``: seconds of each one's steps, were none of them disturbed."""
+        by_size = defaultdict(list)
+        for nodes, seconds in itertools.chain(*self.steps):
+            by_size[nodes].append(seconds)
+        usual = {nodes: np.mean(np.sort(times)[: -(-9 * len(times) // 10)]) for nodes, times in by_size.items()}
+        spent = np.array([sum(usual[nodes] for nodes, _ in steps) for steps in self.steps], float)
+        return spent * (1 + self.choosing_s / max(spent.sum(), 1e-9))
 
     def clear(self) -> None:
         """Forget what was measured, and what the drafter learnt."""
-        self.seconds, self.tokens, self.choosing_s = [], [], 0.0
+        self.seconds, self.tokens, self.steps, self.choosing_s = [], [], [], 0.0
         if self.handle is not None:
             self.handle.reset()
 
@@ -98,13 +119,19 @@ def methods(model: Any, drafter: str, own: dict[str, Any], path: str, compiled: 
     for method in found:
         if method.handle is not None and isinstance(method.handle.drafter, Adaptive):
             _time_choices(method, method.handle.drafter)
-    return found
+    return [_watched(method) for method in found]
 
 
 def _attached(model: Any, drafter: str, compiled: bool, **options: Any) -> Speculation:
     handle = speculation_of(specdec.speculate(model, drafter, compile=compiled, **options))
     restore(model)
     return handle
+
+
+def _watched(method: Method) -> Method:
+    if method.handle is not None:
+        method.handle.observers.append(method.see)
+    return method
 
 
 def _time_choices(method: Method, drafter: Adaptive) -> None:
@@ -158,20 +185,28 @@ def figures(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
         tokens, seconds = each[name].sum(1) if drawn is None else each[name][:, drawn].sum(2)
         return tokens / seconds
 
-    said = {}
+    said, tuned = {}, next(method for method in contenders if method.name == "tuned")
     for method in contenders:
         name, stats = method.name, None if method.handle is None else method.handle.stats
         resampled = rate(name, draws) / rate("tuned", draws)
+        steady = None if method.handle is None else steady_ratio(method, tuned, list(kept))
         said[name] = {
             "tokens_per_second": float(rate(name)),
             "over_own_tree": float(rate(name) / rate("own")),
             "over_tuned": float(rate(name) / rate("tuned")),
             "interval": np.percentile(resampled, INTERVAL).round(4).tolist(),
+            "steady_over_tuned": steady,
             "mean_accepted_tokens": None if stats is None else stats.mean_accepted_tokens,
             "nodes": None if stats is None else stats.nodes_per_verification,
             "choosing_share": method.choosing_s / sum(method.seconds),
         }
     return said
+
+
+def steady_ratio(method: Method, tuned: Method, kept: list[int]) -> float:
+    """Tokens per second of undisturbed steps over those of the tuned tree."""
+    ours, theirs = (np.array(each.tokens)[kept].sum() / each.steady()[kept].sum() for each in (method, tuned))
+    return float(ours / theirs)
 
 
 def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[str, dict[str, float]]:
@@ -181,7 +216,12 @@ def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[s
         kind: {each.name: sum(each.tokens[i] for i in at) / sum(each.seconds[i] for i in at) for each in contenders}
         for kind, at in of_kind.items()
     }
-    return {kind: {name: rate / found["tuned"] for name, rate in found.items()} for kind, found in rates.items()}
+    whole = {kind: {name: rate / found["tuned"] for name, rate in found.items()} for kind, found in rates.items()}
+    tuned = next(method for method in contenders if method.name == "tuned")
+    for kind, at in of_kind.items():
+        ours = {f"{each.name}, steady": steady_ratio(each, tuned, at) for each in contenders if each.handle is not None}
+        whole[kind] |= ours
+    return whole
 
 
 def long_one(request: Request) -> Request:
@@ -206,13 +246,24 @@ def stream_of(requests: Sequence[Request]) -> list[Request]:
 def show(console: Console, title: str, said: dict[str, Any]) -> None:
     """A table of one measurement."""
     table = Table(title=title, title_justify="left")
-    for name in ("method", "tokens/s", "over own tree", "over tuned", "95 %", "accepted", "nodes", "choosing"):
+    for name in (
+        "method",
+        "tokens/s",
+        "over own tree",
+        "over tuned",
+        "95 %",
+        "steady",
+        "accepted",
+        "nodes",
+        "choosing",
+    ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, row in said.items():
         accepted = "" if row["mean_accepted_tokens"] is None else f"{row['mean_accepted_tokens']:.2f}"
         nodes = "" if row["nodes"] is None else f"{row['nodes']:.1f}"
         cells = [f"{row['tokens_per_second']:.1f}", f"{row['over_own_tree']:.3f}", f"{row['over_tuned']:.3f}"]
         cells.append("{:.3f} to {:.3f}".format(*row["interval"]))
+        cells.append("" if row["steady_over_tuned"] is None else f"{row['steady_over_tuned']:.3f}")
         table.add_row(name, *cells, accepted, nodes, f"{row['choosing_share']:.2%}")
     console.print(table)
 
