@@ -43,6 +43,7 @@ _SCALES = (0.2, 4.0)  # by which what is seen may move what is not
 _REMEMBERED = 96  # steps whose times are kept
 _MEASURING_S = 0.2
 _FIT_EVERY = 4  # intervals
+_CARRIED = 0.5  # of what was counted, from one request to the next
 _PATIENCE = 4  # intervals between two choices, at most
 
 
@@ -207,9 +208,15 @@ class Adaptive:
         self._take(self._initial)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
-        """The drafter begins; where no file says what a pass costs, passes over such a batch are timed once."""
+        """The drafter begins; where no file says what a pass costs, passes over such a batch are timed once.
+
+        Another text may be of another character: what was counted weighs half, and plain decoding, which shows nothing
+        of what a drafter would get right, gives way to the last tree.
+        """
         self.drafter.start(state, prefill)
-        self._wait = self.settings.interval
+        self._wait, self._plain = self.settings.interval, False
+        self._counts.decay(_CARRIED)
+        self._lengths.decay(_CARRIED)
         rows, target = state.batch_size, self._target
         assert target is not None
         if self._knows_costs is None:
