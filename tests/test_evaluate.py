@@ -108,7 +108,7 @@ def test_shards_of_one_folder(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("launcher", [None, "joblib"])
+@pytest.mark.parametrize("launcher", [None, pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_multirun_is_joined(launcher: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = [] if launcher is None else [f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2"]
     sweep = ["-m", *SMALL[:-1], "drafter=prompt_lookup,none", f"output={tmp_path}", *how]

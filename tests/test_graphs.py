@@ -434,6 +434,7 @@ def test_generated_code(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test_text_is_that_of_ordinary_passes(family, 3)
 
 
+@SLOW
 def test_a_draft_model_follows_in_graphs_of_its_own(traced: list[PassShape]) -> None:
     model, inputs = model_of("llama"), prompts(2)
     expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS).tolist()

@@ -111,7 +111,8 @@ def test_very_large_batches_have_graphs_of_their_own(monkeypatch: pytest.MonkeyP
     assert [shape.batch for shape in traced] == [None, 3]
 
 
-@pytest.mark.parametrize("attention", ["plain", pytest.param(None, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("attention", ["plain", None])
 def test_masks_of_either_kind(attention: str | None, traced: list[PassShape]) -> None:
     model = model_of("gemma3_text")
     specdec.speculate(model, "prompt_lookup", attention=attention, compile=True)
