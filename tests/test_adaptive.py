@@ -211,6 +211,18 @@ def test_plain_decoding_where_nothing_is_right_and_back() -> None:
     assert bench.share_of_best([0.9, 0.02]) > 0.9
 
 
+def test_a_new_request_is_given_a_tree_again() -> None:
+    costs = Costs(STAIRS.passes, plain=1.0, draft=(0.3, 0.0, 0.0))
+    bench = Bench(costs, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+    bench.text([0.01, 0.0], 60)
+    while bench.text([0.01, 0.0], 1) != [1]:
+        pass
+    counted = bench.adaptive._counts.steps
+    bench.adaptive.start(bench.state, cast(Prefill, None))
+    assert bench.adaptive._counts.steps == pytest.approx(counted / 2)
+    assert min(bench.text([0.9, 0.02], 10)) > 1, "plain decoding would not see that this text is another"
+
+
 def test_near_the_best_tree_on_a_steady_text() -> None:
     for rates in ([0.6, 0.2, 0.05], [0.2, 0.1, 0.1], [0.4, 0.39, 0.0]):
         bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)

@@ -61,9 +61,10 @@ def pass_seconds(
         sizes: N, the root included.
         repeats: timed passes per size.
         taps: states that the drafter will have recorded.
-        limit_s: for a measurement that a request waits for: after so many seconds nothing more is timed, and sizes that
-            were not come to are left out, all but the smallest and the largest; only the largest one is warmed up.
-            Where passes run as graphs, since the first pass makes the graph. Warming up is not counted.
+        limit_s: for a measurement that a request waits for: after so many seconds nothing more is timed. Sizes that
+            were not come to are left out, never the smallest and the largest; only the largest one is warmed up. Where
+            passes run as graphs every size is warmed up and timed, since its first pass makes the graph. Warming up is
+            not counted.
         progress: told (done, of) rounds.
     """
     trees = {size: _tree(size, target, len(context.lengths)) for size in sizes}
