@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from drafters.skip_search import load_skip_set
 from specdec import cli
+from specdec.commands import _tree
 from specdec.commands.tune import _text
+from specdec.tuning.calibration import StepCost
+from specdec.tuning.choice import Costs
 from specdec.tuning.files import TreeFile
 
 SMALL = ("threads=1", "dtype=float32", "max_new_tokens=8", "drafter.search.context_window=4")
@@ -62,6 +69,26 @@ def test_a_tuned_tree_is_written_and_read_back(
     assert file.profile.is_chain == (not learns)
     cli.main(["generate", "prompt=def f(x):", "compare=true", *chosen, f"tree.path={output}", *small[:3]])
     assert "identical texts: 1 of 1" in capsys.readouterr().out
+
+
+def test_a_plain_step_is_a_share_of_the_step_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    paces = iter([1.0, 9.0, 4.0])
+    now = [0.0]
+
+    def beside(*_: Any, **__: Any) -> Any:
+        now[0] = next(paces)
+        return SimpleNamespace(costs=[StepCost(5, 2, 0.1 * now[0], now[0])] * 3)
+
+    monkeypatch.setattr(_tree, "calibrate", beside)
+    monkeypatch.setattr(_tree, "plain_seconds", lambda *_: 0.6 * now[0])
+    monkeypatch.setattr(_tree, "using", lambda *_: nullcontext())
+    tuner: Any = object.__new__(_tree.TreeTuner)
+    tuner.drafter, tuner.published, tuner.ids = SimpleNamespace(reshape=lambda _: None), [(0,)], [None] * 12
+    tuner.session, tuner.handle, tuner.plain = SimpleNamespace(model=None, generate=None), None, None
+    tuner.depth, tuner.width, tuner.is_chain = 2, 2, False
+    costs = Costs(np.linspace(2.0, 3.0, 8), 1.0, draft=(0.1, 0.0, 0.0))
+    found = tuner._with_plain(costs)
+    assert found.plain == pytest.approx(0.6 * float(costs.seconds(np.array(5), np.array(2)))), "whatever the pace"
 
 
 def test_lines_of_a_file() -> None:
