@@ -1,9 +1,10 @@
 """Trees that follow the text: budget and shape are chosen anew every few steps, from what was accepted lately.
 
 ``Adaptive`` is a drafter around any drafter whose tree can be exchanged (``Shaped``). It counts which rank at which
-depth was accepted, lets old steps fade, and asks ``specdec.tuning.choice`` for the tree with the most expected tokens
-per second, under the costs of a tree file or, without one, under costs it measures itself: of passes at the start of
-the first request, of all else while decoding. Where plain decoding promises more, it proposes nothing for a while.
+depth was accepted, lets old steps fade, and where walks have become longer or shorter than was expected asks
+``specdec.tuning.choice`` for the tree with the most expected tokens per second. Costs are those of a tree file,
+corrected by what trees turn out to cost beside each other, or, without a file, measured: of passes at the start of the
+first request, of all else while decoding. Where plain decoding promises more, it proposes nothing for a while.
 
 What the present tree does not contain is not seen. Such places are believed to be what the prior says (the file's
 rates, the drafter's own, or a guess), scaled by how the places that are seen compare with it; as counts fade, all
@@ -17,9 +18,10 @@ Shapes: B rows, D depth, R ranks.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +32,7 @@ from specdec.target import Target
 from specdec.tree import TokenTree, root_only
 from specdec.tuning.calibration import StepCost, fit_costs, why_none
 from specdec.tuning.choice import Costs, Profile, choose, expect
+from specdec.tuning.corrections import CostCorrections
 from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
 from specdec.tuning.files import TreeFile
 from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
@@ -44,7 +47,10 @@ _REMEMBERED = 96  # steps whose times are kept
 _MEASURING_S = 0.2
 _FIT_EVERY = 4  # intervals
 _CARRIED = 0.5  # of what was counted, from one request to the next
-_PATIENCE = 4  # intervals between two choices, at most
+_PATIENCE = 8  # intervals between two choices, at most
+_CHANCE = 1.0  # standard errors by which the mean walk may differ from what was expected
+_SPREAD = 0.5  # of the lengths of walks, in tokens, at least
+_DEEPER = 0.97  # rate of a level of a chain that was never drafted, over that of the level above
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,16 @@ class Adaptation:
     Attributes:
         path: a tree file of ``specdec tune`` to start from, with its rates and costs; None = the drafter's own tree,
             and costs that are measured.
-        interval: steps between two choices at first; up to four times as many while the tree stays, until a request
-            begins.
+        interval: steps between two looks at what was accepted. A tree is chosen anew where it differs from what was
+            expected by more than chance, and at every eighth look.
         half_life: steps after which what was seen weighs half.
         strength: steps that the prior is worth.
         gain: share by which a tree must promise more than the present one to take its place; beside the file's tree it
             must promise as much more as others did when ``specdec tune`` looked at that one and kept it.
         max_nodes: of the largest tree, the root included.
-        max_depth: of the deepest one.
+        max_depth: of the deepest one that is no chain.
         max_width: ranks considered.
+        max_chain: draft tokens of the longest chain.
 
     Raises:
         ValueError: a number out of range.
@@ -76,11 +83,14 @@ class Adaptation:
     max_nodes: int = 64
     max_depth: int = 12
     max_width: int = 10
+    max_chain: int = 48
 
     def __post_init__(self) -> None:
-        if min(self.interval, self.max_depth, self.max_width) < 1 or not 2 <= self.max_nodes <= max(_SIZES):
+        counts = self.interval, self.max_depth, self.max_width, self.max_chain
+        if min(counts) < 1 or not 2 <= self.max_nodes <= max(_SIZES):
             raise ValueError(
-                f"expected interval, max_depth and max_width >= 1 and 2 <= max_nodes <= {max(_SIZES)}; got {self}"
+                "expected interval, max_depth, max_width and max_chain >= 1 and 2 <= max_nodes <= "
+                f"{max(_SIZES)}; got {self}"
             )
         if min(self.half_life, self.strength) <= 0 or self.gain < 0:
             raise ValueError(f"expected half_life and strength > 0 and gain >= 0; got {self}")
@@ -91,6 +101,29 @@ class Adaptation:
         if file is not None:
             file.refuse(drafter.name, vocab_size)
         return Adaptive(drafter, self, file)
+
+
+@dataclass
+class _Walks:
+    """Tokens of some walks: how many walks, their sum, their squares' sum."""
+
+    count: int = 0
+    tokens: int = 0
+    squares: int = 0
+
+    def add(self, verification: Verification) -> None:
+        for path, done in zip(verification.path, verification.finished, strict=True):
+            if path and not done:
+                length = len(path)
+                self.count, self.tokens, self.squares = self.count + 1, self.tokens + length, self.squares + length**2
+
+    def differ(self, expected: float) -> bool:
+        """Whether their mean lies beyond chance from what was expected; without any nobody can say."""
+        if not self.count:
+            return False
+        mean = self.tokens / self.count
+        spread = max(math.sqrt(max(self.squares / self.count - mean**2, 0.0)), _SPREAD)
+        return abs(mean - expected) > _CHANCE * spread / math.sqrt(self.count)
 
 
 class Adaptive:
@@ -122,6 +155,7 @@ class Adaptive:
         self.choices = 0
         self.announce: Callable[[str], None] = _LOG.info
         self._passes: dict[int, np.ndarray] = {}
+        self._reckoned: dict[tuple[int, int], float] = {}  # seconds of a step by the file, by nodes and levels
         self._plain, self._paths = False, list[tuple[int, ...]]()
         self._edge = 1.0
         self._knows_costs: bool | None = None  # not before a request: how passes run is settled after fit
@@ -143,7 +177,8 @@ class Adaptive:
             self._initial = tuple(shaped.tree_paths)
         self._target, self._is_chain = target, shaped.widest == 1
         first = self._initial
-        self._depth = max(settings.max_depth, *map(len, first))
+        most = min(settings.max_chain, settings.max_nodes - 1) if self._is_chain else settings.max_depth
+        self._depth = max(most, *map(len, first))
         self._depth = min(self._depth, shaped.deepest or self._depth)
         widest = 2 if self._is_chain else max(settings.max_width, 1 + max(path[-1] for path in first))
         self._width = widest if self._is_chain else min(widest, shaped.widest)
@@ -155,6 +190,8 @@ class Adaptive:
         self._prior = self._prior_rates()
         self._edge, self._knows_costs = self._beyond_reckoning(), None
         self._passes.clear()
+        self._reckoned.clear()
+        self._corrections = CostCorrections(len(first) + 1)
         self._forget()
         if self._saved is not None:
             saved, self._saved = self._saved, None
@@ -204,7 +241,8 @@ class Adaptive:
         self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
         self._fit_at = dict[int, int]()
         self._steps = self._since = self.choices = 0
-        self._wait = self.settings.interval
+        self._walks = _Walks()
+        self._expected = 0.0  # tokens of a walk; 0 = the tree is to be chosen at the next look in any case
         self._take(self._initial)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -214,7 +252,8 @@ class Adaptive:
         of what a drafter would get right, gives way to the last tree.
         """
         self.drafter.start(state, prefill)
-        self._wait, self._plain = self.settings.interval, False
+        if self._plain:
+            self._plain, self._expected = False, 0.0
         self._counts.decay(_CARRIED)
         self._lengths.decay(_CARRIED)
         rows, target = state.batch_size, self._target
@@ -252,27 +291,46 @@ class Adaptive:
             self._layout.count(verification, self._counts)
             if self._is_chain:
                 self._lengths.add(verification, self._layout.length)
+            self._walks.add(verification)
         self._steps += 1
         self._since += 1
+        depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
         if self._fits_online(state):
-            depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
             cost = StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began)
             self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
-        if self._since >= self._wait:
-            changed = self._choose(state)
-            # A choice costs a tenth of a quick step. Plain steps see nothing, so the way back is by time alone.
-            steady = not changed and not self._plain
-            self._wait = min(2 * self._wait, _PATIENCE * settings.interval) if steady else settings.interval
-            self._since = 0
+        elif tree is self._proposed:
+            size = 1 if self._plain else len(self._paths) + 1
+            if self._corrections.see(size, now - self._began, self._by_file(tree.num_nodes, depth)):
+                self._expected = 0.0
+        if self._since % settings.interval == 0 and self._is_worth_choosing():
+            self._choose(state)
+
+    def _is_worth_choosing(self) -> bool:
+        """Whether the last walks were others than expected. Plain steps see nothing: the way back is by time alone."""
+        late = self._since >= _PATIENCE * self.settings.interval
+        differs = self._plain or late or self._walks.differ(self._expected)
+        self._walks = _Walks()
+        return differs
+
+    def _by_file(self, nodes: int, depth: int) -> float:
+        """Seconds of a step; those of a plain one are known as a whole."""
+        assert self.file is not None
+        costs, known = self.file.costs, self._reckoned
+        if self._plain:
+            return costs.plain
+        if (nodes, depth) not in known:
+            known[nodes, depth] = float(costs.seconds(np.array(nodes), np.array(depth)))
+        return known[nodes, depth]
 
     def _fits_online(self, state: DecodeState) -> bool:
         return not self._knows_costs or state.batch_size != 1
 
-    def _choose(self, state: DecodeState) -> bool:
-        """Change the tree where another one promises more; whether it did."""
+    def _choose(self, state: DecodeState) -> None:
+        """Change the tree where another one promises more."""
         settings = self.settings
         profile, costs = self._profile(), self._costs(state)
         fade = 0.5 ** (self._since / settings.half_life)
+        self._since = 0
         self._counts.decay(fade)
         self._lengths.decay(fade)
         assert self._target is not None
@@ -283,14 +341,13 @@ class Adaptive:
         now = plain if self._plain else self._worth(tuple(self._paths), profile, costs)
         if self._edge > 1 and (first := self._worth(self._initial, profile, costs)) >= rate:
             paths, rate = self._initial, first
-        if max(rate, plain) <= now * (1 + settings.gain):
-            return False
-        self.choices += 1
-        if rate * (1 + settings.gain) < plain:
-            self._plain = True
-        else:
-            self._take(paths)
-        return True
+        if max(rate, plain) > now * (1 + settings.gain):
+            self.choices += 1
+            if rate * (1 + settings.gain) < plain:
+                self._plain = True
+            else:
+                self._take(paths)
+        self._expected = expect(self._paths, profile, costs).tokens
 
     def _worth(self, paths: tuple[tuple[int, ...], ...], profile: Profile, costs: Costs) -> float:
         """Tokens per second that a tree promises."""
@@ -306,17 +363,24 @@ class Adaptive:
         reached, strength = self._counts.reached, self.settings.strength
         seen = (self._counts.taken.sum() + strength) / ((reached * self._prior).sum() + strength)
         scaled = np.minimum(self._prior * np.clip(seen, *_SCALES), 0.98)
-        rates = self._counts.rates(scaled, strength).tolist()
+        rates = self._counts.rates(scaled, strength)
         if not self._is_chain:
-            return Profile(rates)
-        return Profile(rates, self._lengths.offered(), self._lengths.widths())
+            return Profile(rates.tolist())
+        # Of levels that nobody has ever drafted the last one that was says more than a guess.
+        known = 0 if self.file is None else len(self.file.profile.rates)
+        for level in range(max(len(self._paths), known), self._depth):
+            rates[level] = np.maximum(rates[level], _DEEPER * rates[level - 1])
+        return Profile(rates.tolist(), self._lengths.offered(), self._lengths.widths())
 
     def _costs(self, state: DecodeState) -> Costs:
         rows = state.batch_size
         passes, recent = self._passes[rows], self._recent.get(rows)
         if not self._fits_online(state):
             assert self.file is not None
-            return self.file.costs
+            costs, seen = self.file.costs, self._corrections
+            if seen.is_empty:
+                return costs
+            return replace(costs, plain=costs.plain * seen.plain, corrections=seen.factors(costs.max_nodes))
         # A fit takes about as long as a choice, and costs change slower than texts.
         due = rows not in self._fitted or self._steps - self._fit_at[rows] >= _FIT_EVERY * self.settings.interval
         if recent and due:
@@ -350,7 +414,9 @@ class Adaptive:
             "plain": self._plain,
             "steps": self._steps,
             "since": self._since,
-            "wait": self._wait,
+            "expected": self._expected,
+            "walks": astuple(self._walks),
+            "corrections": self._corrections.state_dict(),
             "fit_at": dict(self._fit_at),
             "counts": self._counts.state_dict(),
             "lengths": self._lengths.state_dict(),
@@ -389,5 +455,6 @@ class Adaptive:
             self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
-        self._since, self._wait = own["since"], own["wait"]
+        self._since, self._expected, self._walks = own["since"], own["expected"], _Walks(*own["walks"])
+        self._corrections.load_state_dict(own["corrections"])
         self._fit_at = {int(rows): int(step) for rows, step in own["fit_at"].items()}

@@ -116,10 +116,11 @@ def _write(layer: Tensor, rows: Tensor, states: Tensor) -> None:
 
 
 class TreeCache(Cache):
-    """K/V slabs of one request. Built from the cache that transformers' own prefill filled.
+    """K/V slabs of one request at a time. Built from the cache that transformers' own prefill filled.
 
     Attributes:
         capacity: slots allocated for every row.
+        fills: requests that have had them.
         span: K, the slots that the running pass sees (``0..span-1``).
         width: N of the running pass.
         slots: where the running pass writes: the first slot where all rows agree, else int64 ``[B, N]``.
@@ -145,19 +146,40 @@ class TreeCache(Cache):
                 tensors which share memory would copy all of it; and some last slots that nobody reads, for the nodes
                 by which a pass is padded.
         """
+        self._spare = _SPARE if for_graphs else 0
+        self.capacity = self._needed(prefilled, reserve)
+        self.slots: int | Tensor = 0
+        self.mover: Callable[[Sequence[Tensor], Tensor, Tensor], bool] | None = None
+        self._rows: dict[_Slab, Tensor] = {}
+        self._slabs: list[_Slab] = []
+        self._kinds = _kinds(prefilled)
+        self.fills = 0
+        super().__init__(layers=self._allocate(prefilled, for_graphs))
+        self._fill(prefilled, mask, release)
+
+    def _needed(self, prefilled: DynamicCache, reserve: int) -> int:
+        return _bucket(max(reserve, prefilled.get_seq_length()) + self._spare)
+
+    def fits(self, prefilled: DynamicCache, reserve: int) -> bool:
+        """Whether these slabs would do for another request, and are at most twice as long as it needs."""
+        needed = self._needed(prefilled, reserve)
+        return needed <= self.capacity <= 2 * needed and self._kinds == _kinds(prefilled)
+
+    def refill(self, prefilled: DynamicCache, mask: Tensor | None, release: bool = False) -> None:
+        """Begin another request, which these slabs fit, as if they were new."""
+        for slab in self._slabs:
+            slab.storage.zero_()
+        self.mover = None
+        self._fill(prefilled, mask, release)
+
+    def _fill(self, prefilled: DynamicCache, mask: Tensor | None, release: bool) -> None:
         self.columns = prefilled.get_seq_length()
         batch = prefilled.layers[0].keys.shape[0]
         real = torch.ones(batch, self.columns, dtype=torch.bool) if mask is None else mask
         self._real = [row.nonzero().squeeze(-1) for row in real]
         self.padding = [self.columns - len(columns) for columns in self._real]
-        self._spare = _SPARE if for_graphs else 0
-        self.capacity = _bucket(max(reserve, self.columns) + self._spare)
-        self.span, self.width = self.columns, 0
-        self.slots: int | Tensor = 0
-        self.mover: Callable[[Sequence[Tensor], Tensor, Tensor], bool] | None = None
-        self._rows: dict[_Slab, Tensor] = {}
-        self._slabs: list[_Slab] = []
-        super().__init__(layers=self._allocate(prefilled, for_graphs))
+        self.fills += 1
+        self.begin(0, 0, self.columns)
         for source, layer in zip(prefilled.layers, self.layers, strict=True):
             self._load(source, layer)
             if release:
@@ -165,10 +187,7 @@ class TreeCache(Cache):
 
     def _allocate(self, prefilled: DynamicCache, separate: bool) -> list[TreeLayer]:
         tensors = [tensor for layer in prefilled.layers for tensor in (layer.keys, layer.values)]
-        kinds = [
-            (t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device, index if separate else 0)
-            for index, t in enumerate(tensors)
-        ]
+        kinds = [(*kind, index if separate else 0) for index, kind in enumerate(self._kinds)]
         slabs = {
             kind: _Slab(tensors[kinds.index(kind)], kinds.count(kind), self.capacity) for kind in dict.fromkeys(kinds)
         }
@@ -268,6 +287,12 @@ def can_branch(cache: Any) -> bool:
     """Whether a cache is one that a TreeCache can be built from and hand back (full, sliding or chunked layers)."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and not cache.offloading and all(type(layer) in kinds for layer in cache.layers)
+
+
+def _kinds(prefilled: DynamicCache) -> list[tuple[Any, ...]]:
+    """B, Hkv, D, dtype and device of every layer's keys and values, in turn."""
+    tensors = (tensor for layer in prefilled.layers for tensor in (layer.keys, layer.values))
+    return [(t.shape[0], t.shape[1], t.shape[3], t.dtype, t.device) for t in tensors]
 
 
 def _bucket(slots: int) -> int:

@@ -60,6 +60,7 @@ class Context:
         lengths: P_b now, on the host.
         budgets: tokens each row may still emit; no node is positioned beyond what plain decoding would feed.
         dtype: of the attention masks.
+        lease: as long as it lives nobody else is given the slabs of the cache; None where they end with the request.
     """
 
     cache: TreeCache
@@ -68,6 +69,7 @@ class Context:
     lengths: list[int]
     budgets: list[int]
     dtype: torch.dtype
+    lease: object | None = None
 
 
 @dataclass

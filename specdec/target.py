@@ -145,11 +145,15 @@ class Target:
         if template.get("position_ids") is None:
             # Such a model counts the columns of its cache, padding included.
             template["position_ids"] = torch.full((ids.shape[0], 1), columns, device=self.device)
-        cache = TreeCache(prefilled, mask, columns + reserve, release, for_graphs=self.graphs is not None)
+        shelf, lease = None if self.graphs is None else self.graphs.shelf, None
+        if shelf is not None:
+            cache, lease = shelf.take(prefilled, mask, columns + reserve, release)
+        else:
+            cache = TreeCache(prefilled, mask, columns + reserve, release, for_graphs=self.graphs is not None)
         if self.attention is not None:
             cache.mover = self.attention.move
         lengths = [columns - pad for pad in cache.padding]
-        return Context(cache, template, lengths, list(lengths), [0] * len(lengths), self.dtype)
+        return Context(cache, template, lengths, list(lengths), [0] * len(lengths), self.dtype, lease)
 
     def run(
         self,

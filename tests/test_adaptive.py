@@ -35,7 +35,14 @@ pytestmark = untrained("medusa", "hydra_heads", "kangaroo", "draft_model")
 CHAINS: dict[str, dict[str, Any]] = {"draft_model": {"shape": "chain"}}  # by default it grows trees of its own
 WRAPPED = ["token_recycling", "medusa", "hydra_heads", "prompt_lookup", "suffix_automaton", "draft_model"]
 WRAPPED += ["kangaroo", "early_exit", "swift"]
+NOW = [0.0]  # seconds
 SOON = Adaptation(interval=2, half_life=8, strength=2, gain=0.0, max_nodes=12, max_depth=4, max_width=4)
+
+
+@pytest.fixture(autouse=True)
+def _still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes where a test says so."""
+    monkeypatch.setattr(adaptive, "perf_counter", lambda: NOW[0])
 
 
 @pytest.fixture
@@ -119,7 +126,7 @@ class Toy(BaseDrafter):
 
     def __init__(self) -> None:
         self.needs = Needs(max_nodes=4)
-        self.reshape([(0,), (1,), (0, 0)])
+        self.reshape([(0,), (0, 0)] if self.widest == 1 else [(0,), (1,), (0, 0)])
 
     @property
     def tree_paths(self) -> list[tuple[int, ...]]:
@@ -132,6 +139,12 @@ class Toy(BaseDrafter):
         return TokenTree(torch.zeros(1, self.template.num_nodes, dtype=torch.int64), self.template.topology)
 
 
+class ToyChain(Toy):
+    """Likewise, in chains."""
+
+    widest, deepest = 1, None  # type: ignore[assignment]
+
+
 def bare() -> Target:
     """Nothing but what an adaptive tree asks of a target."""
     known = {"graphs": None, "model": None, "device": torch.device("cpu"), "dtype": torch.float32}
@@ -139,14 +152,26 @@ def bare() -> Target:
 
 
 class Bench:
-    """An adaptive tree with costs of its own, and texts of a known character."""
+    """An adaptive tree with costs of its own, and texts of a known character.
+
+    Attributes:
+        truth: what steps take; what the file says unless a test says otherwise.
+    """
 
     def __init__(
-        self, costs: Costs, settings: Adaptation, rates: list[list[float]], paths: Paths | None = None, **made_on: Any
+        self,
+        costs: Costs,
+        settings: Adaptation,
+        rates: list[list[float]],
+        paths: Paths | None = None,
+        toy: type[Toy] = Toy,
+        **made_on: Any,
     ) -> None:
-        best = choose(Profile(rates), costs, settings.max_nodes, 6).paths
-        file = TreeFile("toy", 9, best if paths is None else paths, Profile(rates), costs, made_on)
-        self.toy = Toy()
+        profile = Profile(rates, [1.0] * len(rates), [1.0] * len(rates)) if toy is ToyChain else Profile(rates)
+        best = choose(profile, costs, settings.max_nodes, 6).paths
+        file = TreeFile("toy", 9, best if paths is None else paths, profile, costs, made_on)
+        self.truth = costs
+        self.toy = toy()
         self.adaptive = Adaptive(self.toy, settings, file)
         target = bare()
         assert self.adaptive.fit(target) is None
@@ -170,7 +195,9 @@ class Bench:
                     break
                 end = (*end, rank)
             path = [paths.index(end[:depth]) for depth in range(len(end) + 1)]
-            offered = tree.candidates_by_depth().tolist()
+            offered, nodes = tree.candidates_by_depth().tolist(), np.array(tree.num_nodes)
+            levels = np.array(len(offered[0]))
+            NOW[0] += self.truth.plain if tree.num_nodes == 1 else float(self.truth.seconds(nodes, levels))
             walk = Verification([path], [[0] * len(path)], [False], [False], torch.zeros(0), offered)
             self.adaptive.update(self.state, tree, walk)
         return sizes
@@ -221,6 +248,54 @@ def test_a_new_request_is_given_a_tree_again() -> None:
     bench.adaptive.start(bench.state, cast(Prefill, None))
     assert bench.adaptive._counts.steps == pytest.approx(counted / 2)
     assert min(bench.text([0.9, 0.02], 10)) > 1, "plain decoding would not see that this text is another"
+
+
+@pytest.mark.parametrize(("plain", "size"), [(1.0, 1), (3.0, 4)])
+def test_what_a_plain_step_costs_is_seen(plain: float, size: int) -> None:
+    """The file says that plain decoding is much faster, which is so or is not."""
+    passes, threads = np.full(32, 3.0), torch.get_num_threads()
+    bench = Bench(Costs(passes, plain=1.0), Adaptation(max_nodes=4), PRIOR, [(0,), (1,), (0, 0)], threads=threads)
+    bench.truth = Costs(passes, plain)
+    sizes = []
+    for _ in range(8):  # requests
+        bench.adaptive.start(bench.state, cast(Prefill, None))
+        sizes += bench.text(PRIOR[0], 60)
+    assert 1 in sizes[:60], "the file is believed at first"
+    assert sum(each == size for each in sizes[240:]) > 0.7 * 240
+
+
+@pytest.mark.parametrize(("larger", "size"), [(1.0, 16), (1.5, 8)])
+def test_what_a_tree_costs_beside_another_is_seen(larger: float, size: int) -> None:
+    """Trees of 16 nodes take as long as the file says, or longer, so that they are left again."""
+    costs = Costs(np.repeat([1.0, 1.15, 1.9, 3.0], 8), plain=1.0)
+    bench = Bench(costs, Adaptation(max_nodes=16), PRIOR, choose(Profile(PRIOR), costs, 8, 6).paths)
+    bench.truth = Costs(costs.passes * np.repeat([1.0, larger, larger, larger], 8), plain=1.0)
+    wide = [0.6, 0.25, 0.1]
+    assert 16 in bench.text(wide, 100), "the file is believed at first"
+    assert sum(each == size for each in bench.text(wide, 200)) > 150
+
+
+def test_a_steady_text_is_not_looked_at_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = list[int]()
+    bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
+    chosen = bench.adaptive._choose
+    monkeypatch.setattr(bench.adaptive, "_choose", lambda state: (looked.append(1), chosen(state)))
+    bench.text(PRIOR[0], 12)
+    assert len(looked) == 1, "nothing was expected before"
+    bench.text(PRIOR[0], 20 * 12)
+    steady = len(looked)
+    assert 2 <= steady <= 11, "every eighth look at least, and where chance has it"
+    bench.text([0.95, 0.02], 12)
+    assert len(looked) == steady + 1, "a text of another character is seen at the next look"
+
+
+def test_chains_grow_beyond_what_was_ever_drafted() -> None:
+    flat = Costs(np.linspace(1.0, 1.5, 64), plain=0.9)
+    bench = Bench(flat, Adaptation(max_chain=30), [[0.6, 0.0]] * 4, chain_paths(4), toy=ToyChain)
+    bench.text([1.0], 300)
+    assert len(bench.toy.tree_paths) >= 20, "a text that copies itself is worth the longest chains"
+    bench.text([0.3], 200)
+    assert len(bench.toy.tree_paths) <= 12
 
 
 def test_near_the_best_tree_on_a_steady_text() -> None:
@@ -331,6 +406,7 @@ def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPa
 
 def test_bad_settings_and_drafters(tmp_path: Path) -> None:
     settings: list[dict[str, Any]] = [{"interval": 0}, {"max_nodes": 1}, {"max_nodes": 500}, {"half_life": 0}]
+    settings.append({"max_chain": 0})
     for wrong in settings:
         with pytest.raises(ValueError, match="expected"):
             Adaptation(**wrong)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import specdec
 from drafters.draft_model import DraftModel
@@ -23,6 +23,7 @@ from specdec.generation import attach, speculation_of
 from specdec.graphs import cuda, passes, store, tracing
 from specdec.graphs.buffers import PassShape
 from specdec.graphs.constants import Weights, explain
+from specdec.graphs.shelf import Shelf
 from specdec.routing import FULL, Route
 from test_contract import model_of, plain_text, prompts
 from zoo import build, untrained
@@ -372,29 +373,40 @@ def test_constants_are_recipes_or_kept() -> None:
     assert made["norm"] is module.norm
 
 
-@pytest.mark.parametrize("drafter", ["token_recycling", "early_exit"])
-def test_capture_over_fixed_buffers(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured, replayed = list[Any](), list[int]()
+class Captured:
+    """Stands in for CUDA graphs: the outputs stay where they are, and are written over."""
 
-    def again(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-        """Stands in for a CUDA graph: the outputs stay where they are, and are written over."""
+    def __init__(self) -> None:
+        self.graphs, self.replays = list[Any](), 0
+
+    def __call__(self, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
         outputs = [output.clone() for output in run()]
-        captured.append(outputs)
+        self.graphs.append(outputs)
 
         def replay() -> list[Tensor]:
-            replayed.append(1)
+            self.replays += 1
             for mine, new in zip(outputs, run(), strict=True):
                 mine.copy_(new)
             return outputs
 
         return replay
 
+
+def capturing(model: Any, drafter: str) -> tuple[Captured, Any]:
+    """A model whose passes are captured, and its target."""
+    captured = Captured()
+    specdec.speculate(model, drafter)
+    handle = speculation_of(model)
+    target, needs = handle.target, handle.drafter.needs.max_nodes
+    target.graphs = passes.GraphPasses(model, target.router, target.kinds, needs, print, None, captured)
+    return captured, target
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", "early_exit"])
+def test_capture_over_fixed_buffers(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "RECURS", 1)
     model = model_of("llama")
-    specdec.speculate(model, drafter)
-    target = speculation_of(model).target
-    needs = speculation_of(model).drafter.needs.max_nodes
-    target.graphs = passes.GraphPasses(model, target.router, target.kinds, needs, print, None, again)
+    captured, target = capturing(model, drafter)
     try:
         for batch in (1, 3):
             text = model.generate(**prompts(batch), max_new_tokens=NEW_TOKENS).tolist()
@@ -402,8 +414,73 @@ def test_capture_over_fixed_buffers(drafter: str, monkeypatch: pytest.MonkeyPatc
         assert target.graphs.failures == {}
     finally:
         specdec.restore(model)
-    assert 0 < len(captured) <= 10
-    assert len(replayed) > len(captured)
+    assert 0 < len(captured.graphs) <= 10
+    assert captured.replays > len(captured.graphs)
+
+
+def test_the_next_request_has_what_was_captured() -> None:
+    model = model_of("llama")
+    expected = {(batch, new): plain(model, batch, new) for batch, new in ((1, 24), (1, 9), (3, 24), (1, 300))}
+    captured, target = capturing(model, "token_recycling")
+    made = []
+    try:
+        for batch, new in [(1, 24), (1, 24), (1, 9), (3, 24), (1, 24), (3, 24), (1, 300), (1, 24)]:
+            text = model.generate(**prompts(batch), max_new_tokens=new).tolist()
+            assert text == expected[batch, new]
+            made.append(len(captured.graphs))
+            for kept in target.graphs.shelf._kept:  # what a request leaves behind must not show
+                for layer in kept.cache.layers:
+                    layer.keys.fill_(float("nan"))
+                    layer.values.fill_(float("nan"))
+        assert target.graphs.failures == {}
+        first = made[0]
+        assert made[:3] == [first] * 3, "the same slabs, the same graphs"
+        assert made[3] > first, "three rows are other slabs"
+        assert made[4:6] == [made[3]] * 2, "two are kept"
+        assert made[6] > made[5], "a long request needs longer ones"
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(0)  # another version of the weights
+        model.generate(**prompts(1), max_new_tokens=24)
+        assert len(captured.graphs) > made[-1], "what was captured of a model that has changed holds no more"
+    finally:
+        specdec.restore(model)
+
+
+def prefilled(rows: int, tokens: int) -> DynamicCache:
+    """Two layers of ones."""
+    made = DynamicCache()
+    for layer in range(2):
+        made.update(torch.ones(rows, 2, tokens, 4), torch.ones(rows, 2, tokens, 4), layer)
+    return made
+
+
+def test_slabs_in_use_are_nobody_elses() -> None:
+    shelf = Shelf()
+    first, lease = shelf.take(prefilled(1, 8), None, 40, release=False)
+    second, other = shelf.take(prefilled(1, 8), None, 40, release=False)
+    third, more = shelf.take(prefilled(1, 8), None, 40, release=False)
+    assert len({id(cache) for cache in (first, second, third)}) == 3
+    shelf.views(first)["some"] = "captured"
+    shelf.views(third)["some"] = "lost: two are kept"
+    assert (len(shelf.views(first)), len(shelf.views(third))) == (1, 0)
+    del lease
+    mask = torch.tensor([[False] * 2 + [True] * 3])
+    again, lease = shelf.take(prefilled(1, 5), mask, 30, release=False)
+    assert again is first
+    assert shelf.views(again) == {"some": "captured"}
+    assert again.padding == [2]
+    assert torch.equal(again.layers[0].keys[0, 0, :, 0], torch.tensor([1.0] * 3 + [0.0] * (again.capacity - 3)))
+    again.reserve(4 * again.capacity)
+    assert shelf.views(again) == {}, "the slabs have grown"
+    del lease, other
+    assert shelf.take(prefilled(1, 5), None, 30, release=False)[0] is second, "the other is too long by now"
+    assert shelf.take(prefilled(2, 5), None, 30, release=False)[0] not in (first, second)
+    del more
+
+
+def plain(model: Any, batch: int, new_tokens: int) -> list[list[int]]:
+    """What the model itself says."""
+    return model.generate(**prompts(batch), max_new_tokens=new_tokens).tolist()
 
 
 def test_cuda_graphs_need_cuda() -> None:

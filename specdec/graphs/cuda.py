@@ -17,8 +17,8 @@ class CudaGraphs:
     """Captures functions over fixed buffers; what they allocate lies in one memory pool.
 
     A captured function keeps the addresses of all it touched: whoever captures holds its inputs, and the outputs are
-    written over by every replay. Captured functions must not run at the same time. Every request has K/V slabs of its
-    own, so its passes are captured anew, and again where its slabs grow: short answers pay for more than they get.
+    written over by every replay. Captured functions must not run at the same time. Requests have the slabs of earlier
+    ones where they fit, with what was captured over them (``graphs.shelf``); else their passes are captured anew.
 
     Args:
         device: a CUDA device.

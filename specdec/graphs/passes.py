@@ -27,6 +27,7 @@ from torch import Tensor
 from specdec.cache import TreeCache
 from specdec.graphs.buffers import Buffers, PassShape
 from specdec.graphs.constants import Weights
+from specdec.graphs.shelf import Shelf
 from specdec.graphs.state import attention_key, condition, foreign_hook
 from specdec.graphs.store import Graph, Store, identity
 from specdec.graphs.tracing import MOST_ROWS, PassModule, trace, unpack
@@ -142,10 +143,12 @@ class GraphPasses:
         self._made = _MADE.setdefault(model, _Made())
         self._seen: Counter[PassShape] = Counter()
         self._views: dict[PassShape, tuple[Buffers, Run | None]] = {}
-        self._of: tuple[Callable[[], TreeCache | None], int] = (lambda: None, 0)
+        self._of: tuple[Callable[[], TreeCache | None], int, int] = (lambda: None, 0, 0)
+        self.shelf = None if capture is None else Shelf()
         # Of the present request:
         self._hook: str | None = None
         self._attends, self._dtypes = "", tuple[torch.dtype, ...]()
+        self._captured_of: Any = None
 
     def __call__(
         self,
@@ -282,10 +285,9 @@ class GraphPasses:
     def _refresh(self, context: Context) -> None:
         """Forget what stands on slabs that are no more, or on a model that was another."""
         cache = context.cache
-        if self._of[0]() is cache and self._of[1] == cache.capacity:
+        if self._of[0]() is cache and self._of[1:] == (cache.fills, cache.capacity):
             return
-        self._views.clear()
-        self._of = weakref.ref(cache), cache.capacity
+        self._of = weakref.ref(cache), cache.fills, cache.capacity
         dtypes = tuple(slab.dtype for layer in cache.layers for slab in (layer.keys, layer.values))
         self._dtypes = dtypes[:1] if len(set(dtypes)) == 1 else dtypes
         own = self.model.config.get_text_config(decoder=True)._attn_implementation
@@ -296,6 +298,13 @@ class GraphPasses:
             self._made.graphs.clear()
             self._made.looked_for.clear()
             self._made.state, self._made.store = state, None
+        if self.shelf is None:
+            self._views = {}
+            return
+        if self._captured_of != state:
+            self.shelf.forget()
+            self._captured_of = state
+        self._views = self.shelf.views(cache)
 
     def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> tuple[Buffers, Run | None]:
         """The buffers of a graph over the request's cache, and what was captured over them."""

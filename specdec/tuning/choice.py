@@ -34,12 +34,14 @@ class Costs:
         draft: of the drafter: per step, per node below the root, per level.
         rest: what a step takes beyond pass and draft: per step, per node below the root.
         plain: of a plain step, without a drafter.
+        corrections: float64 ``[M]``, by which factor steps with a tree of 1..M nodes turned out to be longer; None = 1.
     """
 
     passes: np.ndarray
     plain: float
     draft: tuple[float, float, float] = (0.0, 0.0, 0.0)
     rest: tuple[float, float] = (0.0, 0.0)
+    corrections: np.ndarray | None = None
 
     @property
     def max_nodes(self) -> int:
@@ -52,6 +54,10 @@ class Costs:
         passes = np.interp(nodes, np.arange(1, self.max_nodes + 1), self.passes)
         draft = self.draft[0] + self.draft[1] * below + self.draft[2] * np.asarray(depth, float)
         return np.maximum(passes + draft + self.rest[0] + self.rest[1] * below, SECONDS_AT_LEAST)
+
+    def correction(self, sizes: np.ndarray) -> np.ndarray | float:
+        """Of trees of so many nodes, the root included."""
+        return 1.0 if self.corrections is None else self.corrections[np.minimum(sizes, self.max_nodes) - 1]
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,9 @@ def choose(
     """
     below = min(max_nodes, costs.max_nodes) - 1
     if profile.is_chain:
-        lengths = range(1, min(below, len(profile.rates), max_depth or below) + 1)
-        found = [expect(chain_paths(length), profile, costs) for length in lengths]
+        tokens, seconds = _chains(profile, costs, min(below, len(profile.rates), max_depth or below))
+        lengths = [int(np.argmax(tokens / seconds))] if len(tokens) else []
+        found = [Choice(chain_paths(at + 1), float(tokens[at]), float(seconds[at])) for at in lengths]
     else:
         # An expansion for every depth is worth its time only where a drafter works level by level.
         deepest = min(max_depth or below, below)
@@ -150,7 +157,7 @@ def _best_of_depth(
     tokens = 1 + np.cumsum([value for _, value in ranked])
     depth = np.array(list(accumulate((len(path) for path, _ in ranked), max)))
     chosen = np.array(allowed)
-    seconds = costs.seconds(chosen + 1, depth[chosen - 1])
+    seconds = costs.seconds(chosen + 1, depth[chosen - 1]) * costs.correction(chosen + 1)
     best = int(np.argmax(tokens[chosen - 1] / seconds))
     count = allowed[best]
     return Choice([path for path, _ in ranked[:count]], float(tokens[count - 1]), float(seconds[best]))
@@ -159,13 +166,16 @@ def _best_of_depth(
 def expect(paths: Sequence[Sequence[int]], profile: Profile, costs: Costs) -> Choice:
     """What any tree promises; ranks and depths beyond the profile's are worth nothing."""
     tree = [tuple(path) for path in paths]
-    if profile.offered is not None:
-        return _expect_chain(tree, profile.rates, profile.offered, profile.widths, costs)
+    if profile.is_chain:
+        length = min(len(tree), len(profile.rates))
+        of_tokens, of_seconds = _chains(profile, costs, length)
+        return Choice(tree, float(of_tokens[length - 1]), float(of_seconds[length - 1]))
     rates, above, tokens, levels = np.array(profile.rates), np.ones(1), 1.0, _levels(tuple(tree))
     for row, (parents, ranks) in zip(rates, levels, strict=False):
         above = above[parents] * np.where(ranks < len(row), row[np.minimum(ranks, len(row) - 1)], 0.0)
         tokens += float(above.sum())
-    return Choice(tree, tokens, float(costs.seconds(np.array(len(tree) + 1), np.array(len(levels)))))
+    size = np.array(len(tree) + 1)
+    return Choice(tree, tokens, float(costs.seconds(size, np.array(len(levels))) * costs.correction(size)))
 
 
 @lru_cache(maxsize=256)
@@ -180,23 +190,22 @@ def _levels(paths: tuple[tuple[int, ...], ...]) -> list[tuple[np.ndarray, np.nda
     return levels
 
 
-def _expect_chain(
-    tree: Paths,
-    rates: Sequence[Sequence[float]],
-    offered: Sequence[float],
-    widths: Sequence[float],
-    costs: Costs,
-) -> Choice:
-    length = min(len(tree), len(rates))
-    tokens, reached = 1.0, 1.0
-    for row in rates[:length]:
-        tokens += reached * sum(row)
-        reached *= row[0]
-    come = np.array([1.0, *offered[:length], *[0.0] * (length - len(offered))])
-    stops = come - np.array([*come[1:], 0.0])  # share of steps that draft exactly 0..length tokens
-    wide = np.array([*widths[:length], *[1.0] * (length - len(widths))])
-    nodes = 1 + np.array([0.0, *np.cumsum(wide)])
-    return Choice(tree, tokens, float(stops @ costs.seconds(nodes, np.arange(length + 1))))
+def _chains(profile: Profile, costs: Costs, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds of a step, float64 ``[longest]`` each, with chains of 1 to ``longest`` draft tokens."""
+    assert profile.offered is not None
+    rates = np.array(profile.rates[:longest])
+    if not longest:
+        return np.zeros(0), np.zeros(0)
+    reached = np.append(1.0, rates[:-1, 0].cumprod())
+    come, wide = np.zeros(longest + 1), np.ones(longest)
+    come[0], wide[: len(profile.widths)] = 1.0, profile.widths[:longest]
+    come[1 : 1 + len(profile.offered)] = profile.offered[:longest]
+    nodes = 1 + np.append(0.0, wide.cumsum())
+    each = costs.seconds(nodes, np.arange(longest + 1))
+    # A draft ends before its greatest length, with a probability for every length, or comes to it.
+    shorter = ((come[:-1] - come[1:]) * each[:-1]).cumsum()
+    seconds = shorter + come[1:] * each[1:]
+    return 1 + (reached * rates.sum(1)).cumsum(), seconds * costs.correction(np.arange(2, longest + 2))
 
 
 def envelope(seconds: Sequence[float]) -> np.ndarray:
