@@ -55,6 +55,7 @@ from specdec.metrics import ends_in_loop
 from specdec.tuning.files import TreeFile
 
 PUBLISHED: dict[str, dict[str, Any]] = {"token_recycling": {"num_nodes": 80}, "medusa": {"tree": "mc_sim_7b_63"}}
+ADAPTIVE = "adaptive from tuned"
 STREAM = ("answer", "hot", "long")
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
 
@@ -113,7 +114,7 @@ def methods(model: Any, drafter: str, own: dict[str, Any], path: str, compiled: 
     wanted |= {
         "tuned": {"tree": path},
         "adaptive": {"tree": "adaptive"},
-        "adaptive from tuned": {"tree": {"_target_": "specdec.adaptive.Adaptation", "path": path}},
+        ADAPTIVE: {"tree": {"_target_": "specdec.adaptive.Adaptation", "path": path}},
     }
     found = [Method("generate", None), Method("plain loop", _attached(model, "none", compiled))]
     found += [Method(name, _attached(model, drafter, compiled, **own, **options)) for name, options in wanted.items()]
@@ -204,10 +205,38 @@ def figures(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
     return said
 
 
+def of_both(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any] | None:
+    """Two copies of the adaptive tree over two of the tuned one, and how far copies differ; None without copies."""
+    found = {method.name: method for method in contenders}
+    pairs = [[found.get(name), found.get(f"{name}, again")] for name in (ADAPTIVE, "tuned")]
+    if any(method is None for pair in pairs for method in pair):
+        return None
+    # [adaptive, tuned][2, requests]: tokens, seconds
+    whole = [sum(np.array([m.tokens, m.seconds], float)[:, list(kept)] for m in pair if m) for pair in pairs]
+    draws = np.random.default_rng(0).integers(len(kept), size=(RESAMPLES, len(kept)))
+    resampled = [tokens[draws].sum(1) / seconds[draws].sum(1) for tokens, seconds in whole]
+    rates = [tokens.sum() / seconds.sum() for tokens, seconds in whole]
+    return {
+        "over_tuned": float(rates[0] / rates[1]),
+        "interval": np.percentile(resampled[0] / resampled[1], INTERVAL).round(4).tolist(),
+        "steady_over_tuned": float(np.divide(*(_steady(pair, kept) for pair in pairs))),
+        "copies_differ": {
+            first.name: float((sum(again.tokens) / sum(again.seconds)) / (sum(first.tokens) / sum(first.seconds)))
+            for first, again in pairs
+            if first and again
+        },
+    }
+
+
+def _steady(methods: Sequence[Method | None], kept: Sequence[int]) -> float:
+    """Tokens per second of undisturbed steps."""
+    both = [(np.array(method.tokens)[kept].sum(), method.steady()[kept].sum()) for method in methods if method]
+    return sum(tokens for tokens, _ in both) / sum(seconds for _, seconds in both)
+
+
 def steady_ratio(method: Method, tuned: Method, kept: list[int]) -> float:
     """Tokens per second of undisturbed steps over those of the tuned tree."""
-    ours, theirs = (np.array(each.tokens)[kept].sum() / each.steady()[kept].sum() for each in (method, tuned))
-    return float(ours / theirs)
+    return float(_steady([method], kept) / _steady([tuned], kept))
 
 
 def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[str, dict[str, float]]:
@@ -293,7 +322,7 @@ def main() -> None:
     contenders = made()
     if options.twice:
         for method in made():
-            if method.name in ("tuned", "adaptive from tuned"):
+            if method.name in ("tuned", ADAPTIVE):
                 method.name += ", again"
                 contenders.append(method)
     questions = Selection(limit=options.rows, sample=True)(heldout(options.gsm8k))
@@ -308,7 +337,12 @@ def main() -> None:
     kept = [index for index, looping in enumerate(loops) if not looping]
     if not kept:
         raise SystemExit(f"all {len(loops)} texts end in a loop; expected more rows or shorter answers")
-    said["heldout"] = {"prompts": len(requests), "looping": sum(loops), "methods": figures(contenders, kept)}
+    said["heldout"] = {
+        "prompts": len(requests),
+        "looping": sum(loops),
+        "methods": figures(contenders, kept),
+        "both_copies": of_both(contenders, kept),
+    }
     show(
         console,
         f"{options.drafter}, held-out prompts: {len(kept)} of {len(requests)} do not loop",
@@ -319,6 +353,7 @@ def main() -> None:
     said["stream"] = {
         "requests": len(stream),
         "methods": figures(contenders, range(len(stream))),
+        "both_copies": of_both(contenders, range(len(stream))),
         "over_tuned_by_kind": by_kind(contenders, stream),
     }
     show(
@@ -327,6 +362,8 @@ def main() -> None:
         said["stream"]["methods"],
     )
     console.print(said["stream"]["over_tuned_by_kind"])
+    for name in ("heldout", "stream"):
+        console.print(name, "both copies:", said[name]["both_copies"])
     text = json.dumps(said, indent=None if options.output is None else 1)
     if options.output is None:
         print(text)  # noqa: T201 - the result
