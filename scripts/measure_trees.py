@@ -8,7 +8,8 @@ the machine hits all alike:
 
 - ``heldout``: prompts that neither the target nor the tuning has seen, one request each.
 - ``stream``: one request after another whose text changes character: greedy answers (``answer``), answers drawn at a
-  temperature of 1.5 (``hot``), and answers that must be twice as long, which end in repetition (``long``). Drafters and
+  temperature of 1.5 (``hot``), answers that must be twice as long, most of which come to repeat themselves (``long``),
+  and answers to a question that stands answered above already, which are mostly copied (``again``). Drafters and
   adaptive trees keep what they know from request to request.
 
 Two figures are told, with the ratio to the tuned tree: tokens per second of whole calls, whose interval is the one that
@@ -50,13 +51,13 @@ from specdec.evaluation.provenance import provenance
 from specdec.generation import Speculation, restore, speculation_of, using
 from specdec.graphs.passes import makings
 from specdec.interfaces import DecodeState
-from specdec.loading import demo_target
+from specdec.loading import Loaded, demo_target
 from specdec.metrics import ends_in_loop
 from specdec.tuning.files import TreeFile
 
 PUBLISHED: dict[str, dict[str, Any]] = {"token_recycling": {"num_nodes": 80}, "medusa": {"tree": "mc_sim_7b_63"}}
 ADAPTIVE = "adaptive from tuned"
-STREAM = ("answer", "hot", "long")
+STREAM = ("answer", "hot", "long", "again")
 RESAMPLES, INTERVAL = 10_000, (2.5, 97.5)
 
 
@@ -261,14 +262,25 @@ def long_one(request: Request) -> Request:
     return Request(request.ids, options, STREAM[2])
 
 
-def stream_of(requests: Sequence[Request]) -> list[Request]:
+def asked_again(loaded: Loaded, question: str, request: Request) -> Request:
+    """The question once more, behind itself and the answer that it got."""
+    ids = request.ids
+    text = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **request.options)[0, ids.shape[1] :]
+    answer = loaded.tokenizer.decode(text, skip_special_tokens=True)
+    turns = [("user", question), ("assistant", answer), ("user", question)]
+    return Request(loaded.encode([{"role": role, "content": said} for role, said in turns]), request.options, "again")
+
+
+def stream_of(loaded: Loaded, questions: Sequence[str], requests: Sequence[Request]) -> list[Request]:
     """Requests of changing character, two of a kind one after another."""
     hot = {"do_sample": True, "temperature": 1.5, "top_k": 0}
     made = []
-    for index, request in enumerate(requests):
+    for index, (question, request) in enumerate(zip(questions, requests, strict=True)):
         kind = STREAM[index // 2 % len(STREAM)]
         if kind == "hot":
             request = Request(request.ids, request.options | hot, kind)
+        elif kind == "again":
+            request = asked_again(loaded, question, request)
         made.append(long_one(request) if kind == "long" else request)
     return made
 
@@ -348,7 +360,7 @@ def main() -> None:
         f"{options.drafter}, held-out prompts: {len(kept)} of {len(requests)} do not loop",
         said["heldout"]["methods"],
     )
-    stream = stream_of(requests)
+    stream = stream_of(loaded, [question.turns[0] for question in questions], requests)
     in_turns(model, contenders, stream)
     said["stream"] = {
         "requests": len(stream),

@@ -50,7 +50,7 @@ _CARRIED = 0.5  # of what was counted, from one request to the next
 _PATIENCE = 8  # intervals between two choices, at most
 _CHANCE = 1.0  # standard errors by which the mean walk may differ from what was expected
 _SPREAD = 0.5  # of the lengths of walks, in tokens, at least
-_DEEPER = 0.97  # rate of a level of a chain that was never drafted, over that of the level above
+_DEEPER = 0.97  # what to expect of a level of a chain, where no file says it, over the rate of the level above
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Adaptation:
         path: a tree file of ``specdec tune`` to start from, with its rates and costs; None = the drafter's own tree,
             and costs that are measured.
         interval: steps between two looks at what was accepted. A tree is chosen anew where it differs from what was
-            expected by more than chance, and at every eighth look.
+            expected by more than chance, and at every eighth look (where costs are measured, at every fourth).
         half_life: steps after which what was seen weighs half.
         strength: steps that the prior is worth.
         gain: share by which a tree must promise more than the present one to take its place; beside the file's tree it
@@ -159,6 +159,7 @@ class Adaptive:
         self._plain, self._paths = False, list[tuple[int, ...]]()
         self._edge = 1.0
         self._knows_costs: bool | None = None  # not before a request: how passes run is settled after fit
+        self._given: Costs | None = None  # the file's, as passes run here
         self._began = self._drafting = 0.0
         self._proposed: TokenTree | None = None
         self._target: Target | None = None
@@ -190,7 +191,6 @@ class Adaptive:
         self._prior = self._prior_rates()
         self._edge, self._knows_costs = self._beyond_reckoning(), None
         self._passes.clear()
-        self._reckoned.clear()
         self._corrections = CostCorrections(len(first) + 1)
         self._forget()
         if self._saved is not None:
@@ -243,6 +243,8 @@ class Adaptive:
         self._steps = self._since = self.choices = 0
         self._walks = _Walks()
         self._expected = 0.0  # tokens of a walk; 0 = the tree is to be chosen at the next look in any case
+        self._rows = 0
+        self._corrections.interrupt()
         self._take(self._initial)
 
     def start(self, state: DecodeState, prefill: Prefill) -> None:
@@ -252,19 +254,24 @@ class Adaptive:
         of what a drafter would get right, gives way to the last tree.
         """
         self.drafter.start(state, prefill)
-        if self._plain:
+        if self._plain or state.batch_size != self._rows:
             self._plain, self._expected = False, 0.0
+            self._since, self._walks = 0, _Walks()
+        self._rows = state.batch_size
+        self._corrections.interrupt()
         self._counts.decay(_CARRIED)
         self._lengths.decay(_CARRIED)
         rows, target = state.batch_size, self._target
         assert target is not None
         if self._knows_costs is None:
             self._knows_costs = self._trusts_file(target)
+            self._reckoned.clear()
+            self._given = None if self.file is None else _padded(self.file.costs, graph_sizes(target))
         if rows in self._passes:
             return
         if not self._fits_online(state):
-            assert self.file is not None
-            self._passes[rows] = self.file.costs.passes
+            assert self._given is not None
+            self._passes[rows] = self._given.passes
             return
         context = state.context
         assert context is not None
@@ -302,20 +309,20 @@ class Adaptive:
             size = 1 if self._plain else len(self._paths) + 1
             if self._corrections.see(size, now - self._began, self._by_file(tree.num_nodes, depth)):
                 self._expected = 0.0
-        if self._since % settings.interval == 0 and self._is_worth_choosing():
+        if self._since % settings.interval == 0 and self._is_worth_choosing(state):
             self._choose(state)
 
-    def _is_worth_choosing(self) -> bool:
+    def _is_worth_choosing(self, state: DecodeState) -> bool:
         """Whether the last walks were others than expected. Plain steps see nothing: the way back is by time alone."""
-        late = self._since >= _PATIENCE * self.settings.interval
+        late = self._since >= (_FIT_EVERY if self._fits_online(state) else _PATIENCE) * self.settings.interval
         differs = self._plain or late or self._walks.differ(self._expected)
         self._walks = _Walks()
         return differs
 
     def _by_file(self, nodes: int, depth: int) -> float:
         """Seconds of a step; those of a plain one are known as a whole."""
-        assert self.file is not None
-        costs, known = self.file.costs, self._reckoned
+        assert self._given is not None
+        costs, known = self._given, self._reckoned
         if self._plain:
             return costs.plain
         if (nodes, depth) not in known:
@@ -329,10 +336,11 @@ class Adaptive:
         """Change the tree where another one promises more."""
         settings = self.settings
         profile, costs = self._profile(), self._costs(state)
-        fade = 0.5 ** (self._since / settings.half_life)
-        self._since = 0
+        since, self._since = self._since, 0
+        fade = 0.5 ** (since / settings.half_life)
         self._counts.decay(fade)
         self._lengths.decay(fade)
+        self._corrections.fade(since)
         assert self._target is not None
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
@@ -363,21 +371,24 @@ class Adaptive:
         reached, strength = self._counts.reached, self.settings.strength
         seen = (self._counts.taken.sum() + strength) / ((reached * self._prior).sum() + strength)
         scaled = np.minimum(self._prior * np.clip(seen, *_SCALES), 0.98)
-        rates = self._counts.rates(scaled, strength)
         if not self._is_chain:
-            return Profile(rates.tolist())
-        # Of levels that nobody has ever drafted the last one that was says more than a guess.
-        known = 0 if self.file is None else len(self.file.profile.rates)
-        for level in range(max(len(self._paths), known), self._depth):
-            rates[level] = np.maximum(rates[level], _DEEPER * rates[level - 1])
-        return Profile(rates.tolist(), self._lengths.offered(), self._lengths.widths())
+            return Profile(self._counts.rates(scaled, strength).tolist())
+        # Of levels that the file does not know the one above says more than a guess.
+        known = 1 if self.file is None else len(self.file.profile.rates)
+        taken, room, prior = self._counts.taken[:, 0].tolist(), reached[:, 0].tolist(), scaled[:, 0].tolist()
+        for level in range(known, self._depth):
+            above = (taken[level - 1] + strength * prior[level - 1]) / (room[level - 1] + strength)
+            prior[level] = max(prior[level], _DEEPER * above)
+        scaled[:, 0] = prior
+        rates = self._counts.rates(scaled, strength).tolist()
+        return Profile(rates, self._lengths.offered(), self._lengths.widths())
 
     def _costs(self, state: DecodeState) -> Costs:
         rows = state.batch_size
         passes, recent = self._passes[rows], self._recent.get(rows)
         if not self._fits_online(state):
-            assert self.file is not None
-            costs, seen = self.file.costs, self._corrections
+            assert self._given is not None
+            costs, seen = self._given, self._corrections
             if seen.is_empty:
                 return costs
             return replace(costs, plain=costs.plain * seen.plain, corrections=seen.factors(costs.max_nodes))
@@ -415,6 +426,7 @@ class Adaptive:
             "steps": self._steps,
             "since": self._since,
             "expected": self._expected,
+            "rows": self._rows,
             "walks": astuple(self._walks),
             "corrections": self._corrections.state_dict(),
             "fit_at": dict(self._fit_at),
@@ -456,5 +468,15 @@ class Adaptive:
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
         self._since, self._expected, self._walks = own["since"], own["expected"], _Walks(*own["walks"])
+        self._rows = own["rows"]
         self._corrections.load_state_dict(own["corrections"])
         self._fit_at = {int(rows): int(step) for rows, step in own["fit_at"].items()}
+
+
+def _padded(costs: Costs, sizes: Sequence[int] | None) -> Costs:
+    """Costs where passes are padded to some sizes: a file may know of sizes in between that no graph is made for."""
+    if sizes is None:
+        return costs
+    every = np.arange(1, costs.max_nodes + 1)
+    ends = np.minimum([*sizes, costs.max_nodes], costs.max_nodes)
+    return replace(costs, passes=costs.passes[ends[np.searchsorted(ends, every)] - 1])

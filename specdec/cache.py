@@ -41,8 +41,9 @@ class _Slab:
         return self.storage.view(_BITS[self.storage.itemsize]).numpy() if on_host(self.storage) else None
 
     def grow(self, capacity: int) -> None:
-        grown = self.storage.new_zeros(*self.storage.shape[:3], capacity, self.storage.shape[4])
-        grown[:, :, :, : self.storage.shape[3]] = self.storage
+        with torch.inference_mode(self.storage.is_inference()), torch.no_grad():
+            grown = self.storage.new_zeros(*self.storage.shape[:3], capacity, self.storage.shape[4])
+            grown[:, :, :, : self.storage.shape[3]] = self.storage
         self.storage = grown
         self.bits = self._bits()
 

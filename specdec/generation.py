@@ -86,7 +86,7 @@ class Speculation:
         on_cuda = self.target.device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(self.target.device)
-            before = torch.cuda.memory_allocated(self.target.device)
+            before = torch.cuda.memory_allocated(self.target.device) - self.target.kept_bytes
         for state, step in decode(self.target, self.drafter, self.verifier, request, stats):
             recorder.record(state, step)
             for observer in self.observers:

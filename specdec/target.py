@@ -232,6 +232,11 @@ class Target:
             sizes,
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the K/V slabs that are kept from request to request; none without captured passes."""
+        return 0 if self.graphs is None or self.graphs.shelf is None else self.graphs.shelf.nbytes
+
     def load_graphs(self, context: Context, taps: Sequence[Tap] = ()) -> None:
         """Load the graphs that lie on disk for the full passes of a request; others are made when a pass needs them.
 

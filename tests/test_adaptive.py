@@ -36,6 +36,7 @@ CHAINS: dict[str, dict[str, Any]] = {"draft_model": {"shape": "chain"}}  # by de
 WRAPPED = ["token_recycling", "medusa", "hydra_heads", "prompt_lookup", "suffix_automaton", "draft_model"]
 WRAPPED += ["kangaroo", "early_exit", "swift"]
 NOW = [0.0]  # seconds
+GENERATOR = torch.Generator()
 SOON = Adaptation(interval=2, half_life=8, strength=2, gain=0.0, max_nodes=12, max_depth=4, max_width=4)
 
 
@@ -177,13 +178,14 @@ class Bench:
         assert self.adaptive.fit(target) is None
         if made_on.get("compiled"):  # which is settled after fit
             target.graphs = cast(Any, SimpleNamespace(buckets=[1, 8, 16, 32]))
-        state = SimpleNamespace(batch_size=1, root=torch.zeros(1, dtype=torch.int64), context="some")
-        self.state = cast(DecodeState, state)
+        state = DecodeState(cast(Any, None), cast(Any, None), torch.zeros(1, dtype=torch.int64), [], [False], GENERATOR)
+        state.context = cast(Any, "some")
+        self.state = state
         self.adaptive.start(self.state, cast(Prefill, None))
         self.random = np.random.default_rng(0)
 
-    def text(self, rates: list[float], steps: int) -> list[int]:
-        """Decode: the child of rank r is right with ``rates[r]``; the tree sizes that were proposed."""
+    def text(self, rates: list[float], steps: int, deepest: int = 99) -> list[int]:
+        """Decode: the child of rank r is right with ``rates[r]``, down to a depth; the sizes that were proposed."""
         sizes = []
         for _ in range(steps):
             tree = self.adaptive.propose(self.state)
@@ -191,7 +193,7 @@ class Bench:
             paths = [(), *(self.toy.template.paths if tree.num_nodes > 1 else [])]
             end: tuple[int, ...] = ()
             while (rank := int(self.random.choice(len(rates) + 1, p=[*rates, 1 - sum(rates)]))) < len(rates):
-                if (*end, rank) not in paths:
+                if (*end, rank) not in paths or len(end) == deepest:
                     break
                 end = (*end, rank)
             path = [paths.index(end[:depth]) for depth in range(len(end) + 1)]
@@ -238,16 +240,19 @@ def test_plain_decoding_where_nothing_is_right_and_back() -> None:
     assert bench.share_of_best([0.9, 0.02]) > 0.9
 
 
-def test_a_new_request_is_given_a_tree_again() -> None:
+@pytest.mark.parametrize("more", [0, 5, 11])
+def test_a_new_request_is_given_a_tree_again(more: int) -> None:
     costs = Costs(STAIRS.passes, plain=1.0, draft=(0.3, 0.0, 0.0))
     bench = Bench(costs, Adaptation(max_nodes=32, max_depth=6), PRIOR)
     bench.text([0.01, 0.0], 60)
-    while bench.text([0.01, 0.0], 1) != [1]:
-        pass
+    for _ in range(100):
+        if bench.text([0.01, 0.0], 12 + more)[-1] == 1:
+            break
+    assert bench.adaptive._plain
     counted = bench.adaptive._counts.steps
     bench.adaptive.start(bench.state, cast(Prefill, None))
     assert bench.adaptive._counts.steps == pytest.approx(counted / 2)
-    assert min(bench.text([0.9, 0.02], 10)) > 1, "plain decoding would not see that this text is another"
+    assert min(bench.text([0.9, 0.02], 60)) > 1, "plain decoding would not see that this text is another"
 
 
 @pytest.mark.parametrize(("plain", "size"), [(1.0, 1), (3.0, 4)])
@@ -294,8 +299,59 @@ def test_chains_grow_beyond_what_was_ever_drafted() -> None:
     bench = Bench(flat, Adaptation(max_chain=30), [[0.6, 0.0]] * 4, chain_paths(4), toy=ToyChain)
     bench.text([1.0], 300)
     assert len(bench.toy.tree_paths) >= 20, "a text that copies itself is worth the longest chains"
-    bench.text([0.3], 200)
+    bench.text([0.3], 400)
     assert len(bench.toy.tree_paths) <= 12
+
+
+def test_a_level_that_fails_is_not_believed_by_the_one_above() -> None:
+    """Four tokens are mostly right, what is deeper hardly ever; no file says so."""
+    bench = Bench(Costs(np.linspace(1.0, 2.0, 64), plain=0.9), Adaptation(), [[0.6, 0.0]], [(0,)], toy=ToyChain)
+    lengths = []
+    for _ in range(60):
+        bench.text([0.9], 12, deepest=4)
+        lengths.append(len(bench.toy.tree_paths))
+    assert np.mean(lengths[20:]) < 8
+
+
+def test_another_batch_size_is_chosen_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: {size: 0.9 + 0.1 * size for size in sizes})
+    here = {"threads": torch.get_num_threads()}
+    bench = Bench(Costs(np.ones(32), plain=1.0), Adaptation(max_nodes=32, max_depth=6), PRIOR, **here)
+    assert set(bench.text(PRIOR[0], 100)) == {32}
+    bench.state.finished[:] = [False, False]
+    bench.adaptive.start(bench.state, cast(Prefill, None))
+    bench.truth = Costs(0.9 + 0.1 * np.arange(1.0, 33.0), plain=1.0)
+    assert set(bench.text(PRIOR[0], 13)[12:]) != {32}, "a node costs something where there are several rows"
+
+
+def test_what_was_compared_is_saved() -> None:
+    here, costs = {"threads": torch.get_num_threads()}, Costs(np.full(32, 3.0), plain=1.0)
+    benches = [Bench(costs, Adaptation(max_nodes=4), PRIOR, [(0,)], **here) for _ in range(2)]
+    benches[0].truth = Costs(np.full(32, 3.0), plain=2.0)
+    first, again = (bench.adaptive for bench in benches)
+    benches[0].text(PRIOR[0], 60)
+    assert first._corrections.plain > 1.5
+    again.load_state_dict(first.state_dict())
+    assert again.state_dict() == first.state_dict()
+    assert again._corrections.plain == first._corrections.plain
+
+
+def test_a_chain_costs_what_the_next_graph_does() -> None:
+    """The file knows passes of every size; here those of 5 to 16 nodes are padded to 16."""
+    rising = Costs(np.linspace(1.0, 4.0, 32), plain=0.9)
+    rates, here = [[0.72, 0.0]] * 20, {"threads": torch.get_num_threads()}
+    lengths = []
+    for sizes in (None, [1, 4, 16, 32]):
+        bench = Bench(rising, Adaptation(max_nodes=32), rates, chain_paths(5), toy=ToyChain, **here)
+        bench.adaptive._target.graphs = None if sizes is None else cast(Any, SimpleNamespace(buckets=sizes))
+        bench.adaptive._knows_costs = None
+        bench.adaptive._passes.clear()
+        bench.adaptive.start(bench.state, cast(Prefill, None))
+        bench.truth = bench.adaptive._given
+        bench.text([0.72], 400)
+        lengths.append(len(bench.toy.tree_paths))
+    assert lengths[0] in range(4, 9)
+    assert lengths[1] == 3, "what is beyond four nodes costs as much as sixteen"
 
 
 def test_near_the_best_tree_on_a_steady_text() -> None:
@@ -352,7 +408,7 @@ def test_walks_through_trees_of_others_do_not_count() -> None:
 
 
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 8, 32])
+    monkeypatch.setattr(adaptive, "graph_sizes", lambda _: [1, 6, 8, 16, 32])
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
     sizes = {*bench.text([0.7, 0.2], 200), *bench.text([0.3, 0.1], 300)}
     assert sizes <= {6, 8, 16, 32}, "the file's tree of 16 comes first"
@@ -389,9 +445,10 @@ def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPa
     for each in (built, again):
         assert each.fit(bare()) is None
     for step in range(30):
-        rows = (1, 4)[step % 2]
+        rows = (1, 4)[step // 5 % 2]
         state: Any = SimpleNamespace(batch_size=rows, root=torch.zeros(rows, dtype=torch.int64), context="some")
-        built.start(state, cast(Prefill, None))
+        if step % 5 == 0:
+            built.start(state, cast(Prefill, None))
         tree = built.propose(state)
         clock[0] += 0.01
         offered = tree.candidates_by_depth().tolist() * rows

@@ -454,6 +454,38 @@ def prefilled(rows: int, tokens: int) -> DynamicCache:
     return made
 
 
+def test_requests_within_inference_mode_leave_slabs_for_those_outside() -> None:
+    model = model_of("llama")
+    expected = {new: plain(model, 1, new) for new in (NEW_TOKENS, 300)}
+    captured, target = capturing(model, "token_recycling")
+    try:
+        for within, new in [(True, NEW_TOKENS), (False, NEW_TOKENS), (True, 300), (False, 300), (True, 300)]:
+            with torch.inference_mode(within):
+                assert model.generate(**prompts(1), max_new_tokens=new).tolist() == expected[new]
+        assert target.graphs.failures == {}
+        assert target.kept_bytes > 0
+        assert captured.replays > 3 * len(captured.graphs)
+    finally:
+        specdec.restore(model)
+
+
+def test_slabs_that_grow_within_a_request_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    expected = plain(model, 1, 200)
+    captured, target = capturing(model, "token_recycling")
+    open_ = target.open
+    monkeypatch.setattr(target, "open", lambda ids, out, given, _, release: open_(ids, out, given, 40, release))
+    try:
+        made = []
+        for _ in range(3):
+            assert model.generate(**prompts(1), max_new_tokens=200).tolist() == expected
+            made.append(len(captured.graphs))
+        assert target.graphs.failures == {}
+    finally:
+        specdec.restore(model)
+    assert made[0] >= 6, "three sizes of passes, over slabs that have grown at least once"
+
+
 def test_slabs_in_use_are_nobody_elses() -> None:
     shelf = Shelf()
     first, lease = shelf.take(prefilled(1, 8), None, 40, release=False)

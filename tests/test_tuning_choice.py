@@ -141,6 +141,13 @@ def test_the_length_of_a_chain(seed: int) -> None:
     assert choose(profile, costs, 12, max_depth=1).paths == chain_paths(1)
 
 
+def test_a_comb_has_no_more_nodes_than_a_tree_may() -> None:
+    profile = Profile([[0.9, 0.05]] * 20, [1.0] * 20, [3.0] * 20)
+    chosen = choose(profile, Costs(np.ones(64), 1.0), 32)
+    assert len(chosen.paths) == 10, "three nodes to a level"
+    assert len(choose(profile, Costs(np.ones(64), 1.0), 3).paths) == 1, "one level at least"
+
+
 def test_never_falling_never_rising() -> None:
     assert envelope([1.0, 3.0, 2.0, 4.0]).tolist() == [1.0, 2.5, 2.5, 4.0]
     assert falling([0.5, 0.2, 0.4, 0.1], [1, 1, 3, 1]) == pytest.approx([0.5, 0.35, 0.35, 0.1])

@@ -53,6 +53,30 @@ def test_few_steps_say_nothing_and_one_comparison_not_everything() -> None:
     assert seen.plain == pytest.approx(2.0), "no comparison is believed beyond twice"
 
 
+def test_what_looked_costly_is_believed_again_in_time() -> None:
+    seen = CostCorrections(8)
+    decode(seen, EXPECTED | {1: 2.0}, [8, 1], 14)
+    factor, doubt = seen.plain, seen._known[1][1]
+    seen.fade(600)
+    assert math.log(seen.plain) == pytest.approx(math.log(factor) / 2)
+    assert seen._known[1][1] > doubt
+    seen.fade(10_000)
+    assert seen.plain == pytest.approx(1.0, abs=1e-3)
+    seen.interrupt()
+    decode(seen, EXPECTED, [8, 1], 14)
+    assert seen.plain == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_lies_apart_is_not_compared() -> None:
+    seen = CostCorrections(8)
+    decode(seen, EXPECTED, [8], 14)
+    seen.interrupt()
+    decode(seen, EXPECTED | {1: 2.0}, [1], 14)
+    assert seen.is_empty
+    decode(seen, EXPECTED, [8], 14)
+    assert seen.plain > 1.5
+
+
 def test_saved_and_loaded() -> None:
     seen, again = CostCorrections(8), CostCorrections(8)
     decode(seen, EXPECTED | {1: 1.4}, [8, 1, 8, 16], 13)

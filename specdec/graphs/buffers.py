@@ -60,7 +60,7 @@ class PassShape:
 
 
 class Buffers:
-    """The inputs of one graph over one request's cache.
+    """The inputs of one graph over one cache.
 
     Nodes beyond a pass's own write into a slot that nobody reads (the last one, which the cache keeps free), and what
     they see is finite.

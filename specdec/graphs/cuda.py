@@ -34,9 +34,16 @@ class CudaGraphs:
             )
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self._first: Run | None = None
 
     def __call__(self, run: Run) -> Run:
         """Record ``run``, whose buffers hold a valid pass; it may run several times on the way."""
+        if self._first is None:
+            # A pool must not be captured into again once all its graphs are gone, so one stays.
+            self._first = self._record(lambda: [torch.zeros(1, device=self.device)])
+        return self._record(run)
+
+    def _record(self, run: Run) -> Run:
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,15 @@ Capture = Callable[[Run], Run]
 
 class _RowsAreFixed(Exception):
     """The model's forward cannot be traced with the number of rows as a symbol."""
+
+
+@dataclass
+class _View:
+    """The buffers of a graph over one cache, what was captured over them, and the graph, whose constants that reads."""
+
+    buffers: Buffers
+    captured: Run | None = None
+    graph: Graph | None = None
 
 
 class _Made:
@@ -142,7 +152,7 @@ class GraphPasses:
         self._said = set[str]()
         self._made = _MADE.setdefault(model, _Made())
         self._seen: Counter[PassShape] = Counter()
-        self._views: dict[PassShape, tuple[Buffers, Run | None]] = {}
+        self._views: dict[PassShape, _View] = {}
         self._of: tuple[Callable[[], TreeCache | None], int, int] = (lambda: None, 0, 0)
         self.shelf = None if capture is None else Shelf()
         # Of the present request:
@@ -189,10 +199,12 @@ class GraphPasses:
         if not self._recurs(shape):
             return None
         try:
-            buffers, run = self._view(context, shape, states)
-            tensors = buffers.fill(inputs, context.cache, states)
+            view = self._view(context, shape, states)
             with torch.inference_mode():
-                outputs = self._run(shape, buffers, tensors) if self.capture is None else self._replay(shape, run)
+                tensors = view.buffers.fill(inputs, context.cache, states)
+                outputs = (
+                    self._graph(shape, view.buffers)(tensors) if self.capture is None else self._replay(shape, view)
+                )
                 logits, found = unpack(shape, outputs, nodes)
         except _RowsAreFixed:
             self._made.fixed.add(route)
@@ -306,17 +318,15 @@ class GraphPasses:
             self._captured_of = state
         self._views = self.shelf.views(cache)
 
-    def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> tuple[Buffers, Run | None]:
-        """The buffers of a graph over the request's cache, and what was captured over them."""
+    def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> _View:
         if shape not in self._views:
-            like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
             hidden = 0 if states is None else states.shape[-1]
             kinds = self.kinds if self.by_layer else self.kinds[:1]
-            self._views[shape] = Buffers(shape, context.cache, kinds, like, hidden), None
+            # With the slabs they may outlive a request that came within inference mode.
+            with torch.inference_mode(False):
+                like = torch.empty(0, dtype=context.dtype, device=context.template["position_ids"].device)
+                self._views[shape] = _View(Buffers(shape, context.cache, kinds, like, hidden))
         return self._views[shape]
-
-    def _run(self, shape: PassShape, buffers: Buffers, tensors: list[Tensor]) -> list[Tensor]:
-        return self._graph(shape, buffers)(tensors)
 
     def _graph(self, shape: PassShape, buffers: Buffers) -> Graph:
         """The graph of these passes: known, on disk, or made now; without a compiler the model's own forward."""
@@ -369,15 +379,13 @@ class GraphPasses:
     def _what(self, shape: PassShape) -> str:
         return f"{type(self.model).__name__} for {shape}"
 
-    def _replay(self, shape: PassShape, run: Run | None) -> list[Tensor]:
+    def _replay(self, shape: PassShape, view: _View) -> list[Tensor]:
         """Capture what has not been, replay what has; the outputs are copies, since a replay writes over its own."""
         assert self.capture is not None
-        buffers = self._views[shape][0]
-        if run is None:
-            graph, tensors = self._graph(shape, buffers), buffers.tensors(buffers.usable)
-            run = self.capture(lambda: graph(tensors))
-            self._views[shape] = buffers, run
-        return [output.clone() for output in run()]
+        if view.captured is None:
+            graph, tensors = self._graph(shape, view.buffers), view.buffers.tensors(view.buffers.usable)
+            view.captured, view.graph = self.capture(lambda: graph(tensors)), graph
+        return [output.clone() for output in view.captured()]
 
 
 def _one_of_many(shape: PassShape) -> bool:

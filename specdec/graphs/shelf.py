@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -20,10 +21,11 @@ class Lease:
 
 @dataclass
 class _Kept:
-    """Slabs, the request that has them, and what was captured over them while they had this capacity."""
+    """Slabs, the request that has them, where it runs, and what was captured over them at this capacity."""
 
     cache: TreeCache
     lease: weakref.ref[Lease]
+    streams: list[torch.cuda.Stream]
     capacity: int
     views: dict[Any, Any] = field(default_factory=dict)
 
@@ -43,21 +45,39 @@ class Shelf:
     ) -> tuple[TreeCache, Lease]:
         """Slabs that hold the prompt (arguments of ``TreeCache``), and what to hold while they are used."""
         lease = Lease()
-        for kept in reversed(self._kept):
-            if kept.lease() is None and kept.cache.fits(prefilled, reserve):
-                kept.cache.refill(prefilled, mask, release)
-                kept.lease = weakref.ref(lease)
-                self._kept.append(self._kept.pop(self._kept.index(kept)))
-                return kept.cache, lease
-        while len(self._kept) >= _KEPT and (free := self._free()) is not None:  # before more memory is asked for
-            self._kept.remove(free)
-        cache = TreeCache(prefilled, mask, reserve, release, for_graphs=True)
+        # They may be made within inference mode and be filled again outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            for kept in reversed(self._kept):
+                if kept.lease() is None and kept.cache.fits(prefilled, reserve):
+                    self._kept.append(self._kept.pop(self._kept.index(kept)))
+                    kept.lease, kept.streams = weakref.ref(lease), _after(kept.streams)
+                    kept.cache.refill(prefilled, mask, release)
+                    return kept.cache, lease
+            while len(self._kept) >= _KEPT and self._let_go():  # before more memory is asked for
+                pass
+            try:
+                cache = TreeCache(prefilled, mask, reserve, release, for_graphs=True)
+            except torch.OutOfMemoryError:
+                while self._let_go():
+                    pass
+                cache = TreeCache(prefilled, mask, reserve, release, for_graphs=True)
         if len(self._kept) < _KEPT:
-            self._kept.append(_Kept(cache, weakref.ref(lease), cache.capacity))
+            devices = {layer.keys.device for layer in cache.layers if layer.keys.device.type == "cuda"}
+            streams = [torch.cuda.current_stream(device) for device in devices]
+            self._kept.append(_Kept(cache, weakref.ref(lease), streams, cache.capacity))
         return cache, lease
 
-    def _free(self) -> _Kept | None:
-        return next((kept for kept in self._kept if kept.lease() is None), None)
+    def _let_go(self) -> bool:
+        """Drop the slabs that have stood longest; false where all are in use."""
+        free = next((kept for kept in self._kept if kept.lease() is None), None)
+        if free is not None:
+            self._kept.remove(free)
+        return free is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all slabs here, in use or not."""
+        return sum(kept.cache.nbytes for kept in self._kept)
 
     def views(self, cache: TreeCache) -> dict[Any, Any]:
         """What was captured over these slabs; anew where they have grown since, or are nobody's to keep."""
@@ -72,3 +92,12 @@ class Shelf:
         """The model has changed: nothing that was captured holds."""
         for kept in self._kept:
             kept.views = {}
+
+
+def _after(former: list[torch.cuda.Stream]) -> list[torch.cuda.Stream]:
+    """The current streams of the same devices, which wait for what the former ones have still to do."""
+    current = [torch.cuda.current_stream(stream.device) for stream in former]
+    for before, now in zip(former, current, strict=True):
+        if now != before:
+            now.wait_stream(before)
+    return current

@@ -127,7 +127,9 @@ def choose(
     """
     below = min(max_nodes, costs.max_nodes) - 1
     if profile.is_chain:
-        tokens, seconds = _chains(profile, costs, min(below, len(profile.rates), max_depth or below))
+        nodes = np.cumsum([*profile.widths[:below], *[1.0] * (below - len(profile.widths))])
+        longest = max(int((nodes <= below).sum()), min(below, 1))
+        tokens, seconds = _chains(profile, costs, min(longest, len(profile.rates), max_depth or below))
         lengths = [int(np.argmax(tokens / seconds))] if len(tokens) else []
         found = [Choice(chain_paths(at + 1), float(tokens[at]), float(seconds[at])) for at in lengths]
     else:

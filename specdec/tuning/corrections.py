@@ -13,8 +13,8 @@ _KEPT = 24  # of the last steps with a tree, the nearest to those with the next 
 _WARM = 2  # steps after a change that are slower than those that follow
 _DOUBT = 0.15**2  # variance of the logarithm of a factor that nobody has seen
 _NOISE = 0.04**2  # of a comparison of two medians
-_DRIFT = 0.01**2  # by which doubt grows with every comparison
 _FACTOR = math.log(2.0)  # that is believed at most, up or down
+_HALF_LIFE = 600.0  # steps after which a factor is believed half, so that what looked costly is tried again
 
 
 class CostCorrections:
@@ -23,7 +23,7 @@ class CostCorrections:
     Two sizes are compared where one gives way to the other: the last steps with the former and the first with the
     latter lie side by side, so that a drift of the machine, which is common to both, says nothing. A comparison moves
     what is believed of both, in logarithms and each by its share of the doubt: a Kalman filter in which doubts are
-    independent. One size is what others are compared with and stays at 1.
+    independent. One size is what others are compared with and stays at 1. All others fade with time.
 
     Args:
         anchor: that size, the root included.
@@ -57,15 +57,22 @@ class CostCorrections:
         return False
 
     def _compare(self, former: int, before: float, latter: int, now: float) -> None:
-        (a, doubt_a), (b, doubt_b) = self._belief(former), self._belief(latter)
+        (a, doubt_a), (b, doubt_b) = (self._known.get(size, (0.0, _DOUBT)) for size in (former, latter))
         error, whole = (now - before) - (b - a), doubt_a + doubt_b + _NOISE
         for size, value, doubt, way in ((former, a, doubt_a, -error), (latter, b, doubt_b, error)):
             moved = value + way * doubt / whole
             self._known[size] = min(max(moved, -_FACTOR), _FACTOR), doubt * (1 - doubt / whole)
 
-    def _belief(self, size: int) -> tuple[float, float]:
-        value, doubt = self._known.get(size, (0.0, _DOUBT))
-        return value, doubt if size == self.anchor else doubt + _DRIFT
+    def interrupt(self) -> None:
+        """What comes is not beside what was: another request, or steps of which nobody told."""
+        self._before, self._seen = None, []
+
+    def fade(self, steps: int) -> None:
+        """So many steps have passed since the last time."""
+        left = 0.5 ** (steps / _HALF_LIFE)
+        for size, (value, doubt) in self._known.items():
+            if size != self.anchor:
+                self._known[size] = value * left, _DOUBT + (doubt - _DOUBT) * left
 
     @property
     def plain(self) -> float:
