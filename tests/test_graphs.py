@@ -476,14 +476,13 @@ def test_slabs_that_grow_within_a_request_are_captured_anew(monkeypatch: pytest.
     open_ = target.open
     monkeypatch.setattr(target, "open", lambda ids, out, given, _, release: open_(ids, out, given, 40, release))
     try:
-        made = []
         for _ in range(3):
+            captured.graphs.clear()
             assert model.generate(**prompts(1), max_new_tokens=200).tolist() == expected
-            made.append(len(captured.graphs))
+            assert len(captured.graphs) > len(target.graphs._views), "what was captured before they grew is lost"
         assert target.graphs.failures == {}
     finally:
         specdec.restore(model)
-    assert made[0] >= 6, "three sizes of passes, over slabs that have grown at least once"
 
 
 def test_slabs_in_use_are_nobody_elses() -> None:
