@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,7 @@ _MEASURING_S = 0.2
 _FIT_EVERY = 4  # intervals
 _CARRIED = 0.5  # of what was counted, from one request to the next
 _PATIENCE = 8  # intervals between two choices, at most
-_CHANCE = 1.0  # standard errors by which the mean walk may differ from what was expected
+_CHANCE = 2.0  # standard errors by which the mean walk may differ from what was expected
 _SPREAD = 0.5  # of the lengths of walks, in tokens, at least
 _DEEPER = 0.97  # what to expect of a level of a chain, where no file says it, over the rate of the level above
 
@@ -103,6 +103,19 @@ class Adaptation:
         return Adaptive(drafter, self, file)
 
 
+class _Seen(NamedTuple):
+    """Of one step what is counted later; not its logits, which are large."""
+
+    path: list[list[int]]
+    finished: list[bool]
+    was_finished: list[bool]
+    offered: list[list[int]]
+    own: bool
+    nodes: int
+    draft_s: float
+    whole_s: float
+
+
 @dataclass
 class _Walks:
     """Tokens of some walks: how many walks, their sum, their squares' sum."""
@@ -111,8 +124,8 @@ class _Walks:
     tokens: int = 0
     squares: int = 0
 
-    def add(self, verification: Verification) -> None:
-        for path, done in zip(verification.path, verification.finished, strict=True):
+    def add(self, seen: _Seen) -> None:
+        for path, done in zip(seen.path, seen.finished, strict=True):
             if path and not done:
                 length = len(path)
                 self.count, self.tokens, self.squares = self.count + 1, self.tokens + length, self.squares + length**2
@@ -242,6 +255,7 @@ class Adaptive:
         self._fit_at = dict[int, int]()
         self._steps = self._since = self.choices = 0
         self._walks = _Walks()
+        self._seen = list[_Seen]()
         self._expected = 0.0  # tokens of a walk; 0 = the tree is to be chosen at the next look in any case
         self._rows = 0
         self._corrections.interrupt()
@@ -254,6 +268,7 @@ class Adaptive:
         of what a drafter would get right, gives way to the last tree.
         """
         self.drafter.start(state, prefill)
+        self._count()
         if self._plain or state.batch_size != self._rows:
             self._plain, self._expected = False, 0.0
             self._since, self._walks = 0, _Walks()
@@ -269,7 +284,7 @@ class Adaptive:
             self._given = None if self.file is None else _padded(self.file.costs, graph_sizes(target))
         if rows in self._passes:
             return
-        if not self._fits_online(state):
+        if not self._fits_online(rows):
             assert self._given is not None
             self._passes[rows] = self._given.passes
             return
@@ -291,30 +306,45 @@ class Adaptive:
 
     def update(self, state: DecodeState, tree: TokenTree, verification: Verification) -> None:
         """The drafter learns; walks and times are counted; every so many steps the tree is chosen anew."""
-        begun, settings = perf_counter(), self.settings
+        begun, walked = perf_counter(), verification
         self.drafter.update(state, tree, verification)
         now = perf_counter()
-        if not self._plain and tree is self._proposed:  # within another drafter it may be shown other trees
-            self._layout.count(verification, self._counts)
-            if self._is_chain:
-                self._lengths.add(verification, self._layout.length)
-            self._walks.add(verification)
+        # Between two passes, which leave nothing in the processor's caches, counting would take several times as long.
+        own = tree is self._proposed  # within another drafter it may be shown other trees
+        seconds = self._drafting + now - begun, now - self._began
+        self._seen.append(
+            _Seen(walked.path, walked.finished, walked.was_finished, walked.offered, own, tree.num_nodes, *seconds)
+        )
         self._steps += 1
         self._since += 1
-        depth = max((sum(map(bool, offered)) for offered in verification.offered), default=0)
-        if self._fits_online(state):
-            cost = StepCost(tree.num_nodes, depth, self._drafting + now - begun, now - self._began)
-            self._recent.setdefault(state.batch_size, deque(maxlen=_REMEMBERED)).append(cost)
-        elif tree is self._proposed:
-            size = 1 if self._plain else len(self._paths) + 1
-            if self._corrections.see(size, now - self._began, self._by_file(tree.num_nodes, depth)):
-                self._expected = 0.0
-        if self._since % settings.interval == 0 and self._is_worth_choosing(state):
-            self._choose(state)
+        if self._since % self.settings.interval == 0:
+            self._count()
+            if self._is_worth_choosing(state):
+                self._choose(state)
+
+    def _count(self) -> None:
+        """Count the steps since the last time, all of which had the same tree."""
+        for seen in self._seen:
+            if seen.own and not self._plain:
+                self._layout.count(seen, self._counts)
+                self._walks.add(seen)
+                if self._is_chain:
+                    self._lengths.add(seen, self._layout.length)
+            rows = len(seen.path)
+            depth = max((sum(map(bool, offered)) for offered in seen.offered), default=0)
+            if self._fits_online(rows):
+                cost = StepCost(seen.nodes, depth, seen.draft_s, seen.whole_s)
+                self._recent.setdefault(rows, deque(maxlen=_REMEMBERED)).append(cost)
+            elif seen.own:
+                size = 1 if self._plain else len(self._paths) + 1
+                if self._corrections.see(size, seen.whole_s, self._by_file(seen.nodes, depth)):
+                    self._expected = 0.0
+        self._seen.clear()
 
     def _is_worth_choosing(self, state: DecodeState) -> bool:
         """Whether the last walks were others than expected. Plain steps see nothing: the way back is by time alone."""
-        late = self._since >= (_FIT_EVERY if self._fits_online(state) else _PATIENCE) * self.settings.interval
+        looks = _FIT_EVERY if self._fits_online(state.batch_size) else _PATIENCE
+        late = self._since >= looks * self.settings.interval
         differs = self._plain or late or self._walks.differ(self._expected)
         self._walks = _Walks()
         return differs
@@ -329,8 +359,8 @@ class Adaptive:
             known[nodes, depth] = float(costs.seconds(np.array(nodes), np.array(depth)))
         return known[nodes, depth]
 
-    def _fits_online(self, state: DecodeState) -> bool:
-        return not self._knows_costs or state.batch_size != 1
+    def _fits_online(self, rows: int) -> bool:
+        return not self._knows_costs or rows != 1
 
     def _choose(self, state: DecodeState) -> None:
         """Change the tree where another one promises more."""
@@ -386,7 +416,7 @@ class Adaptive:
     def _costs(self, state: DecodeState) -> Costs:
         rows = state.batch_size
         passes, recent = self._passes[rows], self._recent.get(rows)
-        if not self._fits_online(state):
+        if not self._fits_online(rows):
             assert self._given is not None
             costs, seen = self._given, self._corrections
             if seen.is_empty:
@@ -416,6 +446,7 @@ class Adaptive:
         saved: dict[str, Any] = {"drafter": self.drafter.state_dict()}
         if self._target is None:
             return saved if self._saved is None else dict(self._saved)
+        self._count()
         times = {
             rows: [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in costs]
             for rows, costs in self._recent.items()

@@ -7,12 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from specdec.interfaces import Verification
 from specdec.tuning.choice import falling
+
+
+class Walked(Protocol):
+    """What is counted of a ``Verification``."""
+
+    @property
+    def path(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def finished(self) -> Sequence[bool]: ...
+
+    @property
+    def was_finished(self) -> Sequence[bool]: ...
+
+    @property
+    def offered(self) -> Sequence[Sequence[int]]: ...
 
 
 class AcceptanceCounts:
@@ -113,7 +128,7 @@ class DraftLengths:
         self._came, self._could = [0.0] * depth, [0.0] * depth
         self._nodes = self._levels = 0.0
 
-    def add(self, verification: Verification, length: int) -> None:
+    def add(self, verification: Walked, length: int) -> None:
         """Count the drafts of the rows that were not finished; they might have had ``length`` levels."""
         for offered, done in zip(verification.offered, verification.was_finished, strict=True):
             if done:
@@ -178,7 +193,7 @@ class Layout:
             rooms[path[:-1]] += 1
         return cls((0, *(path[-1] for path in ordered)), tuple(rooms.values()))
 
-    def count(self, verification: Verification, counts: AcceptanceCounts) -> None:
+    def count(self, verification: Walked, counts: AcceptanceCounts) -> None:
         """Add the walks of the rows that went on; of one that stopped it is not known how far it would have come."""
         for path, done in zip(verification.path, verification.finished, strict=True):
             if done or not path:
