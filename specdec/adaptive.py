@@ -50,7 +50,7 @@ _CARRIED = 0.5  # of what was counted, from one request to the next
 _PATIENCE = 8  # intervals between two choices, at most
 _CHANCE = 2.0  # standard errors by which the mean walk may differ from what was expected
 _SPREAD = 0.5  # of the lengths of walks, in tokens, at least
-_DEEPER = 0.97  # what to expect of a level of a chain, where no file says it, over the rate of the level above
+_DEEPER = 0.9  # what to expect of a level of a chain, where no file says it, over the rate of the level above
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Adaptation:
         half_life: steps after which what was seen weighs half.
         strength: steps that the prior is worth.
         gain: share by which a tree must promise more than the present one to take its place; beside the file's tree it
-            must promise as much more as others did when ``specdec tune`` looked at that one and kept it.
+            must promise as much more as others did when ``specdec tune`` looked at that one and kept it. The file's
+            tree is gone back to where no other promises more by half this share.
         max_nodes: of the largest tree, the root included.
         max_depth: of the deepest one that is no chain.
         max_width: ranks considered.
@@ -375,21 +376,23 @@ class Adaptive:
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
         best = choose(profile, costs, self._limit, self._depth, sizes, quick=True)
-        paths, rate, plain = tuple(best.paths), best.rate, 1 / costs.plain
-        now = plain if self._plain else self._worth(tuple(self._paths), profile, costs)
-        if self._edge > 1 and (first := self._worth(self._initial, profile, costs)) >= rate:
-            paths, rate = self._initial, first
-        if max(rate, plain) > now * (1 + settings.gain):
+        paths, rate, plain, more = tuple(best.paths), best.rate, 1 / costs.plain, 1 + settings.gain
+        present = tuple(self._paths)
+        now = expect(present, profile, costs).rate
+        if self.file is not None:
+            first = expect(self._initial, profile, costs).rate * self._edge
+            now = first if present == self._initial else now
+            # Tried longer than any other, it is gone back to where none promises much more.
+            if rate <= first * (more if present == self._initial else 1 + settings.gain / 2):
+                paths, rate = self._initial, first
+        returns = self.file is not None and paths == self._initial
+        if not self._plain and plain > max(rate, now) * more:
+            self._plain = True
             self.choices += 1
-            if rate * (1 + settings.gain) < plain:
-                self._plain = True
-            else:
-                self._take(paths)
+        elif rate > plain * more if self._plain else paths != present and (returns or rate > now * more):
+            self._take(paths)
+            self.choices += 1
         self._expected = expect(self._paths, profile, costs).tokens
-
-    def _worth(self, paths: tuple[tuple[int, ...], ...], profile: Profile, costs: Costs) -> float:
-        """Tokens per second that a tree promises."""
-        return expect(paths, profile, costs).rate * (self._edge if paths == self._initial else 1.0)
 
     def _take(self, paths: Sequence[tuple[int, ...]]) -> None:
         self._plain, self._paths = False, list(paths)

@@ -280,6 +280,20 @@ def test_what_a_tree_costs_beside_another_is_seen(larger: float, size: int) -> N
     assert sum(each == size for each in bench.text(wide, 200)) > 150
 
 
+def test_the_files_tree_is_gone_back_to() -> None:
+    """After a text that is copied, on one for which a longer chain promises 1 % more, which is no reason to stay."""
+    bench = Bench(
+        Costs(np.linspace(1.0, 3.0, 64), plain=0.9), Adaptation(), [[0.62, 0.0]] * 4, chain_paths(4), toy=ToyChain
+    )
+    costs, truth = bench.truth, Profile([[0.62, 0.0]] * 9, [1.0] * 9, [1.0] * 9)
+    rates = [expect(chain_paths(length), truth, costs).rate for length in (4, 6)]
+    assert 1.0 < rates[1] / rates[0] < 1.015
+    bench.text([1.0], 100)
+    assert len(bench.toy.tree_paths) > 6
+    bench.text([0.62], 500)
+    assert len(bench.toy.tree_paths) == 4
+
+
 def test_a_steady_text_is_not_looked_at_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = list[int]()
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
@@ -377,7 +391,7 @@ def test_what_tuning_looked_at_is_worth_more_than_what_is_reckoned() -> None:
     bench.text([0.95, 0.02], 200)
     assert max(map(len, bench.toy.tree_paths)) == 6, "a text of another character still gets another tree"
     bench.text(PRIOR[0], 300)
-    assert bench.share_of_best(PRIOR[0]) > 0.95
+    assert bench.share_of_best(PRIOR[0]) > 0.93
 
 
 def test_costs_of_a_file_that_was_made_elsewhere_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
