@@ -1,7 +1,7 @@
 """What a chosen tree is worth: published, tuned and adaptive trees of a drafter on the demo target, in turns.
 
     python scripts/measure_trees.py --drafter token_recycling --tree my_tree.yaml --gsm8k train.jsonl [--rows 20]
-        [--set shape=chain] [--twice] [--threads 2] [--compile] [--output results.json]
+        [--set shape=chain] [--twice] [--only NAME ...] [--threads 2] [--compile] [--output results.json]
 
 Two measurements from one process, in which the methods take turns on every prompt, in a drawn order, so that a drift of
 the machine hits all alike:
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--tree", required=True, help="a file of specdec tune")
     parser.add_argument("--gsm8k", required=True, help="GSM8K's train.jsonl, of which held-out questions are asked")
     parser.add_argument("--twice", action="store_true", help="two of the tuned and the adaptive tree: what is chance")
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="these, generate, own and tuned")
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
@@ -337,6 +338,16 @@ def main() -> None:
             if method.name in ("tuned", ADAPTIVE):
                 method.name += ", again"
                 contenders.append(method)
+    if options.only:
+        wanted = {
+            "generate",
+            "own",
+            "tuned",
+            "tuned, again",
+            *options.only,
+            *(f"{name}, again" for name in options.only),
+        }
+        contenders = [method for method in contenders if method.name in wanted]
     questions = Selection(limit=options.rows, sample=True)(heldout(options.gsm8k))
     said: dict[str, Any] = {
         "provenance": provenance(loaded, ["python", *sys.argv], {}, None, []),

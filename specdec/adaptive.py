@@ -80,7 +80,7 @@ class Adaptation:
     interval: int = 12
     half_life: float = 48.0
     strength: float = 16.0
-    gain: float = 0.03
+    gain: float = 0.05
     max_nodes: int = 64
     max_depth: int = 12
     max_width: int = 10
@@ -375,7 +375,10 @@ class Adaptive:
         assert self._target is not None
         graphs = graph_sizes(self._target)
         sizes = _SIZES | {len(self._initial) + 1} if graphs is None else frozenset(graphs)
-        best = choose(profile, costs, self._limit, self._depth, sizes, quick=True)
+        fits, depth = self._fits_online(state.batch_size), self._depth
+        if fits and self._is_chain:
+            depth = min(depth, 2 * len(self._paths))  # what a much longer draft costs nobody has seen
+        best = choose(profile, costs, self._limit, depth, sizes, quick=True)
         paths, rate, plain, more = tuple(best.paths), best.rate, 1 / costs.plain, 1 + settings.gain
         present = tuple(self._paths)
         now = expect(present, profile, costs).rate
@@ -392,6 +395,10 @@ class Adaptive:
         elif rate > plain * more if self._plain else paths != present and (returns or rate > now * more):
             self._take(paths)
             self.choices += 1
+            if fits:  # what it costs is to be seen at the next look
+                self._fitted.pop(state.batch_size, None)
+                self._expected = 0.0
+                return
         self._expected = expect(self._paths, profile, costs).tokens
 
     def _take(self, paths: Sequence[tuple[int, ...]]) -> None:

@@ -168,7 +168,7 @@ class Bench:
         toy: type[Toy] = Toy,
         **made_on: Any,
     ) -> None:
-        profile = Profile(rates, [1.0] * len(rates), [1.0] * len(rates)) if toy is ToyChain else Profile(rates)
+        profile = Profile(rates, [1.0] * len(rates), [1.0] * len(rates)) if issubclass(toy, ToyChain) else Profile(rates)
         best = choose(profile, costs, settings.max_nodes, 6).paths
         file = TreeFile("toy", 9, best if paths is None else paths, profile, costs, made_on)
         self.truth = costs
@@ -474,6 +474,21 @@ def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPa
     assert {rows: sum(draft[:3]) for rows, draft in fitted.items()} == pytest.approx({1: 1e-4, 4: 16e-4})
     again.load_state_dict(saved)
     assert again.state_dict() == saved
+
+
+def test_without_a_file_what_longer_drafts_cost_is_seen_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(ToyChain):
+        def propose(self, state: DecodeState) -> TokenTree:
+            NOW[0] += 0.5 * len(self.tree_paths)
+            return super().propose(state)
+
+    monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: dict.fromkeys(sizes, 1.0))
+    costs = Costs(np.ones(64), plain=1.0)
+    bench = Bench(costs, Adaptation(), [[0.8, 0.0]], [(0,), (0, 0)], toy=Slow, dtype="of another")
+    began, sizes = NOW[0], bench.text([0.85], 600)
+    assert max(sizes) < 17, "no longer than twice what was seen"
+    best = choose(Profile([[0.85, 0.0]] * 30, [1.0] * 30, [1.0] * 30), Costs(np.ones(64), 1.0, (0.0, 0.5, 0.0)), 64)
+    assert (NOW[0] - began) / 600 < 1.3 * best.seconds
 
 
 def test_bad_settings_and_drafters(tmp_path: Path) -> None:
