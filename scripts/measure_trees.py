@@ -13,10 +13,10 @@ the machine hits all alike:
   adaptive trees keep what they know from request to request.
 
 Two figures are told, with the ratio to the tuned tree: tokens per second of whole calls, whose interval is the one that
-95 % of paired resamplings of the requests fall into; and of steady steps, where the slowest tenth of a method's steps
-of each size, which other work on the machine has hit, takes as long as the others. Choosing trees counts in both. Rows
-whose greedy text ends in a loop are left out of ``heldout`` and counted. ``published`` is the method's published tree
-where it is not the drafter's default.
+95 % of paired resamplings of the requests fall into; and of steady steps, where a step of a size takes as long as such
+steps usually do, with whatever tree they were, and what adapting took is added as it was measured, so that neither the
+machine's drift is in it nor what other work on the machine did to a method. Rows whose greedy text ends in a loop are
+left out of ``heldout`` and counted. ``published`` is the method's published tree where it is not the drafter's default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,31 +78,29 @@ class Method:
     handle: Speculation | None
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    choosing_s: float = 0.0
+    adapting_s: float = 0.0
     steps: list[list[tuple[int, float]]] = field(default_factory=list)
     _clock: float = 0.0
+    _told: float = 0.0
 
     def see(self, state: DecodeState, step: Step) -> None:  # noqa: ARG002 - an observer's signature
-        """Note the nodes and the seconds of a step, by request."""
+        """Note the nodes of a step and its seconds, adapting left out, by request."""
         now = time.perf_counter()
         if step.tree is None:
             self.steps.append([])
         else:
-            self.steps[-1].append((step.tree.num_nodes, now - self._clock))
-        self._clock = time.perf_counter()
+            self.steps[-1].append((step.tree.num_nodes, now - self._clock - (self.adapting_s - self._told)))
+        self._clock, self._told = time.perf_counter(), self.adapting_s
 
-    def steady(self) -> np.ndarray:
-        """float64 ``[requests]``: seconds of each one's steps, were none of them disturbed."""
-        by_size = defaultdict(list)
-        for nodes, seconds in itertools.chain(*self.steps):
-            by_size[nodes].append(seconds)
-        usual = {nodes: np.mean(np.sort(times)[: -(-9 * len(times) // 10)]) for nodes, times in by_size.items()}
+    def steady(self, usual: Mapping[int, float]) -> np.ndarray:
+        """float64 ``[requests]``: seconds of each one's steps if steps of a size took as long as they usually do."""
         spent = np.array([sum(usual[nodes] for nodes, _ in steps) for steps in self.steps], float)
-        return spent * (1 + self.choosing_s / max(spent.sum(), 1e-9))
+        return spent * (1 + self.adapting_s / max(spent.sum(), 1e-9))
 
     def clear(self) -> None:
         """Forget what was measured, and what the drafter learnt."""
-        self.seconds, self.tokens, self.steps, self.choosing_s = [], [], [], 0.0
+        self.seconds, self.tokens, self.steps, self.adapting_s = [], [], [], 0.0
+        self._told = 0.0
         if self.handle is not None:
             self.handle.reset()
 
@@ -121,7 +119,7 @@ def methods(model: Any, drafter: str, own: dict[str, Any], path: str, compiled: 
     found += [Method(name, _attached(model, drafter, compiled, **own, **options)) for name, options in wanted.items()]
     for method in found:
         if method.handle is not None and isinstance(method.handle.drafter, Adaptive):
-            _time_choices(method, method.handle.drafter)
+            _time_adapting(method, method.handle.drafter)
     return [_watched(method) for method in found]
 
 
@@ -137,16 +135,21 @@ def _watched(method: Method) -> Method:
     return method
 
 
-def _time_choices(method: Method, drafter: Adaptive) -> None:
-    choose = drafter._choose
+def _time_adapting(method: Method, drafter: Adaptive) -> None:
+    """What proposing and updating take beyond the drafter's own part."""
+    for name in ("propose", "update"):
+        setattr(drafter, name, _adding(method, getattr(drafter, name), 1.0))
+        setattr(drafter.drafter, name, _adding(method, getattr(drafter.drafter, name), -1.0))
 
-    def timed(*arguments: Any) -> bool:
+
+def _adding(method: Method, call: Callable[..., Any], sign: float) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
-        changed = choose(*arguments)
-        method.choosing_s += time.perf_counter() - start
-        return changed
+        found = call(*arguments)
+        method.adapting_s += sign * (time.perf_counter() - start)
+        return found
 
-    drafter._choose = timed  # type: ignore[method-assign,assignment]
+    return timed
 
 
 def decode(model: Any, method: Method, request: Request) -> Tensor:
@@ -192,7 +195,7 @@ def figures(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
     for method in contenders:
         name, stats = method.name, None if method.handle is None else method.handle.stats
         resampled = rate(name, draws) / rate("tuned", draws)
-        steady = None if method.handle is None else steady_ratio(method, tuned, list(kept))
+        steady = None if method.handle is None else steady_ratio(contenders, [method], [tuned], kept)
         said[name] = {
             "tokens_per_second": float(rate(name)),
             "over_own_tree": float(rate(name) / rate("own")),
@@ -201,7 +204,7 @@ def figures(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
             "steady_over_tuned": steady,
             "mean_accepted_tokens": None if stats is None else stats.mean_accepted_tokens,
             "nodes": None if stats is None else stats.nodes_per_verification,
-            "choosing_share": method.choosing_s / sum(method.seconds),
+            "adapting_share": method.adapting_s / sum(method.seconds),
         }
     return said
 
@@ -210,34 +213,46 @@ def of_both(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
     """Two copies of the adaptive tree over two of the tuned one, and how far copies differ; None without copies."""
     found = {method.name: method for method in contenders}
     pairs = [[found.get(name), found.get(f"{name}, again")] for name in (ADAPTIVE, "tuned")]
-    if any(method is None for pair in pairs for method in pair):
+    ours, theirs = ([method for method in pair if method is not None] for pair in pairs)
+    if len(ours) + len(theirs) < 4:
         return None
     # [adaptive, tuned][2, requests]: tokens, seconds
-    whole = [sum(np.array([m.tokens, m.seconds], float)[:, list(kept)] for m in pair if m) for pair in pairs]
+    whole = [sum(np.array([m.tokens, m.seconds], float)[:, list(kept)] for m in pair) for pair in (ours, theirs)]
     draws = np.random.default_rng(0).integers(len(kept), size=(RESAMPLES, len(kept)))
     resampled = [tokens[draws].sum(1) / seconds[draws].sum(1) for tokens, seconds in whole]
     rates = [tokens.sum() / seconds.sum() for tokens, seconds in whole]
     return {
         "over_tuned": float(rates[0] / rates[1]),
         "interval": np.percentile(resampled[0] / resampled[1], INTERVAL).round(4).tolist(),
-        "steady_over_tuned": float(np.divide(*(_steady(pair, kept) for pair in pairs))),
+        "steady_over_tuned": steady_ratio(contenders, ours, theirs, kept),
         "copies_differ": {
             first.name: float((sum(again.tokens) / sum(again.seconds)) / (sum(first.tokens) / sum(first.seconds)))
-            for first, again in pairs
-            if first and again
+            for first, again in (ours, theirs)
         },
     }
 
 
-def _steady(methods: Sequence[Method | None], kept: Sequence[int]) -> float:
-    """Tokens per second of undisturbed steps."""
-    both = [(np.array(method.tokens)[kept].sum(), method.steady()[kept].sum()) for method in methods if method]
-    return sum(tokens for tokens, _ in both) / sum(seconds for _, seconds in both)
+def steady_ratio(
+    contenders: Sequence[Method], ours: Sequence[Method], theirs: Sequence[Method], kept: Sequence[int]
+) -> float:
+    """Tokens per second of undisturbed steps, of some methods over those of others.
 
+    A step of a size takes as long as such steps usually do, whoever of those that draft ran them: the mean without the
+    slowest tenth. What adapting took is added as it was.
+    """
+    by_size = defaultdict(list)
+    for method in contenders:
+        if method.handle is not None and (method.name != "plain loop" or method in ours):
+            for nodes, seconds in itertools.chain(*method.steps):
+                by_size[nodes].append(seconds)
+    usual = {nodes: float(np.mean(np.sort(times)[: -(-9 * len(times) // 10)])) for nodes, times in by_size.items()}
 
-def steady_ratio(method: Method, tuned: Method, kept: list[int]) -> float:
-    """Tokens per second of undisturbed steps over those of the tuned tree."""
-    return float(_steady([method], kept) / _steady([tuned], kept))
+    def rate(methods: Sequence[Method]) -> float:
+        at = list(kept)
+        tokens = sum(np.array(method.tokens)[at].sum() for method in methods)
+        return float(tokens / sum(method.steady(usual)[at].sum() for method in methods))
+
+    return rate(ours) / rate(theirs)
 
 
 def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[str, dict[str, float]]:
@@ -250,8 +265,9 @@ def by_kind(contenders: Sequence[Method], requests: Sequence[Request]) -> dict[s
     whole = {kind: {name: rate / found["tuned"] for name, rate in found.items()} for kind, found in rates.items()}
     tuned = next(method for method in contenders if method.name == "tuned")
     for kind, at in of_kind.items():
-        ours = {f"{each.name}, steady": steady_ratio(each, tuned, at) for each in contenders if each.handle is not None}
-        whole[kind] |= ours
+        for each in contenders:
+            if each.handle is not None:
+                whole[kind][f"{each.name}, steady"] = steady_ratio(contenders, [each], [tuned], at)
     return whole
 
 
@@ -297,7 +313,7 @@ def show(console: Console, title: str, said: dict[str, Any]) -> None:
         "steady",
         "accepted",
         "nodes",
-        "choosing",
+        "adapting",
     ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, row in said.items():
@@ -306,7 +322,7 @@ def show(console: Console, title: str, said: dict[str, Any]) -> None:
         cells = [f"{row['tokens_per_second']:.1f}", f"{row['over_own_tree']:.3f}", f"{row['over_tuned']:.3f}"]
         cells.append("{:.3f} to {:.3f}".format(*row["interval"]))
         cells.append("" if row["steady_over_tuned"] is None else f"{row['steady_over_tuned']:.3f}")
-        table.add_row(name, *cells, accepted, nodes, f"{row['choosing_share']:.2%}")
+        table.add_row(name, *cells, accepted, nodes, f"{row['adapting_share']:.2%}")
     console.print(table)
 
 
