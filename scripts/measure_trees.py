@@ -217,7 +217,8 @@ def of_both(contenders: Sequence[Method], kept: Sequence[int]) -> dict[str, Any]
     if len(ours) + len(theirs) < 4:
         return None
     # [adaptive, tuned][2, requests]: tokens, seconds
-    whole = [sum(np.array([m.tokens, m.seconds], float)[:, list(kept)] for m in pair) for pair in (ours, theirs)]
+    at = list(kept)
+    whole = [np.sum([np.array([m.tokens, m.seconds], float)[:, at] for m in pair], 0) for pair in (ours, theirs)]
     draws = np.random.default_rng(0).integers(len(kept), size=(RESAMPLES, len(kept)))
     resampled = [tokens[draws].sum(1) / seconds[draws].sum(1) for tokens, seconds in whole]
     rates = [tokens.sum() / seconds.sum() for tokens, seconds in whole]

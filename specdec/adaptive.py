@@ -18,39 +18,31 @@ Shapes: B rows, D depth, R ranks.
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from specdec.interfaces import DecodeState, Drafter, Prefill, Shaped, Verification
 from specdec.target import Target
 from specdec.tree import TokenTree, root_only
-from specdec.tuning.calibration import StepCost, fit_costs, why_none
-from specdec.tuning.choice import Costs, Profile, choose, expect
-from specdec.tuning.corrections import CostCorrections
-from specdec.tuning.counts import AcceptanceCounts, DraftLengths, Layout
+from specdec.tuning.beliefs import Beliefs, Seen, Walks
+from specdec.tuning.calibration import StepCost, why_none
+from specdec.tuning.choice import Costs, choose, expect
+from specdec.tuning.corrections import CostCorrections, FittedCosts
+from specdec.tuning.counts import Layout
 from specdec.tuning.files import TreeFile
 from specdec.tuning.timing import curve, graph_sizes, pass_seconds, sizes_up_to
 
 _LOG = logging.getLogger("specdec")
 _SIZES = frozenset((*range(2, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8)))
 _GRAPHS = (8, 16, 32)  # sizes beside the first tree's and the largest one's, where passes are graphs
-_GUESS, _FALL = 0.45, 1.4  # rates of a drafter that nobody has measured: the best child's, and the power of the rank
-_CHAIN_GUESS = (0.6, 0.05)
-_SCALES = (0.2, 4.0)  # by which what is seen may move what is not
-_REMEMBERED = 96  # steps whose times are kept
 _MEASURING_S = 0.2
 _FIT_EVERY = 4  # intervals
 _CARRIED = 0.5  # of what was counted, from one request to the next
 _PATIENCE = 8  # intervals between two choices, at most
-_CHANCE = 2.0  # standard errors by which the mean walk may differ from what was expected
-_SPREAD = 0.5  # of the lengths of walks, in tokens, at least
-_DEEPER = 0.9  # what to expect of a level of a chain, where no file says it, over the rate of the level above
 
 
 @dataclass(frozen=True)
@@ -102,42 +94,6 @@ class Adaptation:
         if file is not None:
             file.refuse(drafter.name, vocab_size)
         return Adaptive(drafter, self, file)
-
-
-class _Seen(NamedTuple):
-    """Of one step what is counted later; not its logits, which are large."""
-
-    path: list[list[int]]
-    finished: list[bool]
-    was_finished: list[bool]
-    offered: list[list[int]]
-    own: bool
-    nodes: int
-    draft_s: float
-    whole_s: float
-
-
-@dataclass
-class _Walks:
-    """Tokens of some walks: how many walks, their sum, their squares' sum."""
-
-    count: int = 0
-    tokens: int = 0
-    squares: int = 0
-
-    def add(self, seen: _Seen) -> None:
-        for path, done in zip(seen.path, seen.finished, strict=True):
-            if path and not done:
-                length = len(path)
-                self.count, self.tokens, self.squares = self.count + 1, self.tokens + length, self.squares + length**2
-
-    def differ(self, expected: float) -> bool:
-        """Whether their mean lies beyond chance from what was expected; without any nobody can say."""
-        if not self.count:
-            return False
-        mean = self.tokens / self.count
-        spread = max(math.sqrt(max(self.squares / self.count - mean**2, 0.0)), _SPREAD)
-        return abs(mean - expected) > _CHANCE * spread / math.sqrt(self.count)
 
 
 class Adaptive:
@@ -193,8 +149,7 @@ class Adaptive:
         self._target, self._is_chain = target, shaped.widest == 1
         first = self._initial
         most = min(settings.max_chain, settings.max_nodes - 1) if self._is_chain else settings.max_depth
-        self._depth = max(most, *map(len, first))
-        self._depth = min(self._depth, shaped.deepest or self._depth)
+        self._depth = min(max(most, *map(len, first)), shaped.deepest or max(_SIZES))
         widest = 2 if self._is_chain else max(settings.max_width, 1 + max(path[-1] for path in first))
         self._width = widest if self._is_chain else min(widest, shaped.widest)
         self._limit = max(settings.max_nodes, len(first) + 1)
@@ -202,8 +157,8 @@ class Adaptive:
         self.needs = replace(self.drafter.needs, max_nodes=most, sizes=(*_GRAPHS, len(first) + 1))
         if known:
             return None
-        self._prior = self._prior_rates()
-        self._edge, self._knows_costs = self._beyond_reckoning(), None
+        self._edge = 1.0 if self.file is None else self.file.beyond_reckoning(self._limit, self._depth)
+        self._knows_costs = None
         self._passes.clear()
         self._corrections = CostCorrections(len(first) + 1)
         self._forget()
@@ -211,16 +166,6 @@ class Adaptive:
             saved, self._saved = self._saved, None
             self.load_state_dict(saved)
         return None
-
-    def _beyond_reckoning(self) -> float:
-        """What the file's tree is worth beyond what is reckoned: by rates and costs alone another one may win, but
-        this is the one that did when they were tried.
-        """
-        if self.file is None:
-            return 1.0
-        profile, costs = self.file.profile, self.file.costs
-        best = choose(profile, costs, self._limit, self._depth, quick=True).rate
-        return max(best / expect(self.file.paths, profile, costs).rate, 1.0)
 
     def _trusts_file(self, target: Target) -> bool:
         """Whether the file's costs are those of this target, as it runs now."""
@@ -231,32 +176,14 @@ class Adaptive:
             _LOG.warning("adaptive tree: its file was made with other %s; costs are measured anew", ", ".join(other))
         return not other
 
-    def _prior_rates(self) -> np.ndarray:
-        """float64 ``[D, R]``: the file's rates, or those that the drafter knows of itself, or a guess."""
-        known: Sequence[Sequence[float]] | None = None
-        if self.file is not None:
-            known = self.file.profile.rates
-        elif not self._is_chain:
-            known = getattr(self.drafter, "acceptance", None)
-        guess = np.array(_CHAIN_GUESS) if self._is_chain else _GUESS * np.arange(1.0, self._width + 1) ** -_FALL
-        if not known:
-            return np.tile(guess, (self._depth, 1))
-        rows = [np.asarray(row, float)[: self._width] for row in known]
-        # Ranks beyond those that are known fall as the guess does; levels beyond repeat the last one, a little worse.
-        rows = [np.append(row, row[-1] * guess[len(row) :] / guess[len(row) - 1]) for row in rows]
-        rows += [rows[-1] * 0.9**more for more in range(1, self._depth - len(rows) + 1)]
-        return np.stack(rows[: self._depth])
-
     def _forget(self) -> None:
-        self._counts = AcceptanceCounts(self._depth, self._width, self._is_chain)
-        self._lengths = DraftLengths(self._depth)
-        # By batch size, as passes are timed.
-        self._recent: dict[int, deque[StepCost]] = {}
-        self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
-        self._fit_at = dict[int, int]()
+        known = None if self._is_chain else getattr(self.drafter, "acceptance", None)
+        known = known if self.file is None else self.file.profile.rates
+        self._beliefs = Beliefs(known, self._depth, self._width, self._is_chain, self.settings.strength)
+        self._fits = FittedCosts(_FIT_EVERY * self.settings.interval)
         self._steps = self._since = self.choices = 0
-        self._walks = _Walks()
-        self._seen = list[_Seen]()
+        self._walks = Walks()
+        self._seen = list[Seen]()
         self._expected = 0.0  # tokens of a walk; 0 = the tree is to be chosen at the next look in any case
         self._rows = 0
         self._corrections.interrupt()
@@ -272,17 +199,16 @@ class Adaptive:
         self._count()
         if self._plain or state.batch_size != self._rows:
             self._plain, self._expected = False, 0.0
-            self._since, self._walks = 0, _Walks()
+            self._since, self._walks = 0, Walks()
         self._rows = state.batch_size
         self._corrections.interrupt()
-        self._counts.decay(_CARRIED)
-        self._lengths.decay(_CARRIED)
+        self._beliefs.decay(_CARRIED)
         rows, target = state.batch_size, self._target
         assert target is not None
         if self._knows_costs is None:
             self._knows_costs = self._trusts_file(target)
             self._reckoned.clear()
-            self._given = None if self.file is None else _padded(self.file.costs, graph_sizes(target))
+            self._given = None if self.file is None else self.file.costs.padded(graph_sizes(target))
         if rows in self._passes:
             return
         if not self._fits_online(rows):
@@ -314,7 +240,7 @@ class Adaptive:
         own = tree is self._proposed  # within another drafter it may be shown other trees
         seconds = self._drafting + now - begun, now - self._began
         self._seen.append(
-            _Seen(walked.path, walked.finished, walked.was_finished, walked.offered, own, tree.num_nodes, *seconds)
+            Seen(walked.path, walked.finished, walked.was_finished, walked.offered, own, tree.num_nodes, *seconds)
         )
         self._steps += 1
         self._since += 1
@@ -327,15 +253,11 @@ class Adaptive:
         """Count the steps since the last time, all of which had the same tree."""
         for seen in self._seen:
             if seen.own and not self._plain:
-                self._layout.count(seen, self._counts)
+                self._beliefs.add(seen, self._layout)
                 self._walks.add(seen)
-                if self._is_chain:
-                    self._lengths.add(seen, self._layout.length)
-            rows = len(seen.path)
-            depth = max((sum(map(bool, offered)) for offered in seen.offered), default=0)
+            rows, depth = len(seen.path), seen.depth
             if self._fits_online(rows):
-                cost = StepCost(seen.nodes, depth, seen.draft_s, seen.whole_s)
-                self._recent.setdefault(rows, deque(maxlen=_REMEMBERED)).append(cost)
+                self._fits.see(rows, StepCost(seen.nodes, depth, seen.draft_s, seen.whole_s))
             elif seen.own:
                 size = 1 if self._plain else len(self._paths) + 1
                 if self._corrections.see(size, seen.whole_s, self._by_file(seen.nodes, depth)):
@@ -347,7 +269,7 @@ class Adaptive:
         looks = _FIT_EVERY if self._fits_online(state.batch_size) else _PATIENCE
         late = self._since >= looks * self.settings.interval
         differs = self._plain or late or self._walks.differ(self._expected)
-        self._walks = _Walks()
+        self._walks = Walks()
         return differs
 
     def _by_file(self, nodes: int, depth: int) -> float:
@@ -366,11 +288,10 @@ class Adaptive:
     def _choose(self, state: DecodeState) -> None:
         """Change the tree where another one promises more."""
         settings = self.settings
-        profile, costs = self._profile(), self._costs(state)
+        profile, costs = self._beliefs.profile(), self._costs(state)
         since, self._since = self._since, 0
         fade = 0.5 ** (since / settings.half_life)
-        self._counts.decay(fade)
-        self._lengths.decay(fade)
+        self._beliefs.decay(fade)
         self._corrections.fade(since)
         assert self._target is not None
         graphs = graph_sizes(self._target)
@@ -396,7 +317,7 @@ class Adaptive:
             self._take(paths)
             self.choices += 1
             if fits:  # what it costs is to be seen at the next look
-                self._fitted.pop(state.batch_size, None)
+                self._fits.renew(state.batch_size)
                 self._expected = 0.0
                 return
         self._expected = expect(self._paths, profile, costs).tokens
@@ -406,38 +327,16 @@ class Adaptive:
         self.shaped.reshape(paths)
         self._layout = Layout.of(paths, self._is_chain)
 
-    def _profile(self) -> Profile:
-        """What the drafter gets right lately."""
-        reached, strength = self._counts.reached, self.settings.strength
-        seen = (self._counts.taken.sum() + strength) / ((reached * self._prior).sum() + strength)
-        scaled = np.minimum(self._prior * np.clip(seen, *_SCALES), 0.98)
-        if not self._is_chain:
-            return Profile(self._counts.rates(scaled, strength).tolist())
-        # Of levels that the file does not know the one above says more than a guess.
-        known = 1 if self.file is None else len(self.file.profile.rates)
-        taken, room, prior = self._counts.taken[:, 0].tolist(), reached[:, 0].tolist(), scaled[:, 0].tolist()
-        for level in range(known, self._depth):
-            above = (taken[level - 1] + strength * prior[level - 1]) / (room[level - 1] + strength)
-            prior[level] = max(prior[level], _DEEPER * above)
-        scaled[:, 0] = prior
-        rates = self._counts.rates(scaled, strength).tolist()
-        return Profile(rates, self._lengths.offered(), self._lengths.widths())
-
     def _costs(self, state: DecodeState) -> Costs:
         rows = state.batch_size
-        passes, recent = self._passes[rows], self._recent.get(rows)
+        passes = self._passes[rows]
         if not self._fits_online(rows):
             assert self._given is not None
             costs, seen = self._given, self._corrections
             if seen.is_empty:
                 return costs
             return replace(costs, plain=costs.plain * seen.plain, corrections=seen.factors(costs.max_nodes))
-        # A fit takes about as long as a choice, and costs change slower than texts.
-        due = rows not in self._fitted or self._steps - self._fit_at[rows] >= _FIT_EVERY * self.settings.interval
-        if recent and due:
-            self._fitted[rows], self._fit_at[rows] = fit_costs(recent, passes), self._steps
-        draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
-        return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
+        return self._fits.costs(rows, passes, self._steps)
 
     def finish(self, state: DecodeState) -> None:
         """The request is over; what was counted stays."""
@@ -457,10 +356,6 @@ class Adaptive:
         if self._target is None:
             return saved if self._saved is None else dict(self._saved)
         self._count()
-        times = {
-            rows: [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in costs]
-            for rows, costs in self._recent.items()
-        }
         saved["adaptive"] = {
             "paths": [list(path) for path in self._paths],
             "plain": self._plain,
@@ -470,11 +365,8 @@ class Adaptive:
             "rows": self._rows,
             "walks": astuple(self._walks),
             "corrections": self._corrections.state_dict(),
-            "fit_at": dict(self._fit_at),
-            "counts": self._counts.state_dict(),
-            "lengths": self._lengths.state_dict(),
-            "times": times,
-            "fitted": {rows: [*draft, *rest] for rows, (draft, rest) in self._fitted.items()},
+            "fits": self._fits.state_dict(),
+            "beliefs": self._beliefs.state_dict(),
             "passes": {rows: seconds.tolist() for rows, seconds in self._passes.items()},
         }
         return saved
@@ -498,26 +390,11 @@ class Adaptive:
         self._forget()
         if own is None:
             return
-        self._counts.load_state_dict(own["counts"])
-        self._lengths.load_state_dict(own["lengths"])
+        self._beliefs.load_state_dict(own["beliefs"])
         self._passes = {int(rows): np.array(seconds) for rows, seconds in own["passes"].items()}
-        for rows, times in own["times"].items():
-            costs = (StepCost(int(n), int(d), draft, whole) for n, d, draft, whole in times)
-            self._recent[int(rows)] = deque(costs, maxlen=_REMEMBERED)
-        for rows, (draft_s, node_s, level_s, rest_s, more_s) in own["fitted"].items():
-            self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
+        self._fits.load_state_dict(own["fits"])
         self._take([tuple(path) for path in own["paths"]])
         self._plain, self._steps = own["plain"], own["steps"]
-        self._since, self._expected, self._walks = own["since"], own["expected"], _Walks(*own["walks"])
+        self._since, self._expected, self._walks = own["since"], own["expected"], Walks(*own["walks"])
         self._rows = own["rows"]
         self._corrections.load_state_dict(own["corrections"])
-        self._fit_at = {int(rows): int(step) for rows, step in own["fit_at"].items()}
-
-
-def _padded(costs: Costs, sizes: Sequence[int] | None) -> Costs:
-    """Costs where passes are padded to some sizes: a file may know of sizes in between that no graph is made for."""
-    if sizes is None:
-        return costs
-    every = np.arange(1, costs.max_nodes + 1)
-    ends = np.minimum([*sizes, costs.max_nodes], costs.max_nodes)
-    return replace(costs, passes=costs.passes[ends[np.searchsorted(ends, every)] - 1])

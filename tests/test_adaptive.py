@@ -168,7 +168,8 @@ class Bench:
         toy: type[Toy] = Toy,
         **made_on: Any,
     ) -> None:
-        profile = Profile(rates, [1.0] * len(rates), [1.0] * len(rates)) if issubclass(toy, ToyChain) else Profile(rates)
+        whole = [1.0] * len(rates)
+        profile = Profile(rates, whole, whole) if issubclass(toy, ToyChain) else Profile(rates)
         best = choose(profile, costs, settings.max_nodes, 6).paths
         file = TreeFile("toy", 9, best if paths is None else paths, profile, costs, made_on)
         self.truth = costs
@@ -249,9 +250,9 @@ def test_a_new_request_is_given_a_tree_again(more: int) -> None:
         if bench.text([0.01, 0.0], 12 + more)[-1] == 1:
             break
     assert bench.adaptive._plain
-    counted = bench.adaptive._counts.steps
+    counted = bench.adaptive._beliefs.counts.steps
     bench.adaptive.start(bench.state, cast(Prefill, None))
-    assert bench.adaptive._counts.steps == pytest.approx(counted / 2)
+    assert bench.adaptive._beliefs.counts.steps == pytest.approx(counted / 2)
     assert min(bench.text([0.9, 0.02], 60)) > 1, "plain decoding would not see that this text is another"
 
 
@@ -298,7 +299,12 @@ def test_a_steady_text_is_not_looked_at_in_vain(monkeypatch: pytest.MonkeyPatch)
     looked = list[int]()
     bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR)
     chosen = bench.adaptive._choose
-    monkeypatch.setattr(bench.adaptive, "_choose", lambda state: (looked.append(1), chosen(state)))
+
+    def look(state: DecodeState) -> None:
+        looked.append(1)
+        chosen(state)
+
+    monkeypatch.setattr(bench.adaptive, "_choose", look)
     bench.text(PRIOR[0], 12)
     assert len(looked) == 1, "nothing was expected before"
     bench.text(PRIOR[0], 20 * 12)
@@ -329,7 +335,7 @@ def test_a_level_that_fails_is_not_believed_by_the_one_above() -> None:
 
 def test_another_batch_size_is_chosen_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptive, "pass_seconds", lambda _t, _c, sizes, *_: {size: 0.9 + 0.1 * size for size in sizes})
-    here = {"threads": torch.get_num_threads()}
+    here: dict[str, Any] = {"threads": torch.get_num_threads()}
     bench = Bench(Costs(np.ones(32), plain=1.0), Adaptation(max_nodes=32, max_depth=6), PRIOR, **here)
     assert set(bench.text(PRIOR[0], 100)) == {32}
     bench.state.finished[:] = [False, False]
@@ -339,7 +345,8 @@ def test_another_batch_size_is_chosen_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_was_compared_is_saved() -> None:
-    here, costs = {"threads": torch.get_num_threads()}, Costs(np.full(32, 3.0), plain=1.0)
+    here: dict[str, Any] = {"threads": torch.get_num_threads()}
+    costs = Costs(np.full(32, 3.0), plain=1.0)
     benches = [Bench(costs, Adaptation(max_nodes=4), PRIOR, [(0,)], **here) for _ in range(2)]
     benches[0].truth = Costs(np.full(32, 3.0), plain=2.0)
     first, again = (bench.adaptive for bench in benches)
@@ -353,14 +360,17 @@ def test_what_was_compared_is_saved() -> None:
 def test_a_chain_costs_what_the_next_graph_does() -> None:
     """The file knows passes of every size; here those of 5 to 16 nodes are padded to 16."""
     rising = Costs(np.linspace(1.0, 4.0, 32), plain=0.9)
-    rates, here = [[0.72, 0.0]] * 20, {"threads": torch.get_num_threads()}
+    rates = [[0.72, 0.0]] * 20
+    here: dict[str, Any] = {"threads": torch.get_num_threads()}
     lengths = []
     for sizes in (None, [1, 4, 16, 32]):
         bench = Bench(rising, Adaptation(max_nodes=32), rates, chain_paths(5), toy=ToyChain, **here)
+        assert bench.adaptive._target is not None
         bench.adaptive._target.graphs = None if sizes is None else cast(Any, SimpleNamespace(buckets=sizes))
         bench.adaptive._knows_costs = None
         bench.adaptive._passes.clear()
         bench.adaptive.start(bench.state, cast(Prefill, None))
+        assert bench.adaptive._given is not None
         bench.truth = bench.adaptive._given
         bench.text([0.72], 400)
         lengths.append(len(bench.toy.tree_paths))
@@ -405,7 +415,7 @@ def test_costs_of_a_file_that_was_made_elsewhere_are_measured(monkeypatch: pytes
         bench = Bench(STAIRS, Adaptation(max_nodes=32, max_depth=6), PRIOR, **made_on)
         bench.text(PRIOR[0], 30)
         assert (bench.adaptive._passes[1][0] == 0.5) == bool(other)
-        assert bool(bench.adaptive._recent) == bool(other), "and followed while decoding"
+        assert bool(bench.adaptive._fits.recent) == bool(other), "and followed while decoding"
         assert [text.count(f"other {other};") for text in told] == [1] * bool(other)
 
 
@@ -416,10 +426,10 @@ def test_walks_through_trees_of_others_do_not_count() -> None:
     walk = Verification([[0, 1]], [[0, 0]], [False], [False], torch.zeros(0), [[2, 1]])
     bench.adaptive.update(bench.state, copy.copy(own), walk)
     bench.adaptive._count()
-    assert bench.adaptive._counts.steps == 3
+    assert bench.adaptive._beliefs.counts.steps == 3
     bench.adaptive.update(bench.state, own, walk)
     bench.adaptive._count()
-    assert bench.adaptive._counts.steps == 4
+    assert bench.adaptive._beliefs.counts.steps == 4
 
 
 def test_within_the_sizes_that_there_are_graphs_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +480,7 @@ def test_what_drafting_costs_is_known_by_batch_size(monkeypatch: pytest.MonkeyPa
         walk = Verification([[0, 1]] * rows, [[0, 0]] * rows, [False] * rows, [False] * rows, torch.zeros(0), offered)
         built.update(state, tree, walk)
     saved = built.state_dict()
-    fitted = saved["adaptive"]["fitted"]
+    fitted = saved["adaptive"]["fits"]["fitted"]
     assert {rows: sum(draft[:3]) for rows, draft in fitted.items()} == pytest.approx({1: 1e-4, 4: 16e-4})
     again.load_state_dict(saved)
     assert again.state_dict() == saved

@@ -97,7 +97,7 @@ def _watched(stepper: Stepper, watch: Stopwatch) -> Iterator[None]:
         (SpeculationStats, "record", "statistics"),
     ]
     if (graphs := handle.target.graphs) is not None:
-        places += [(graphs, "_replay" if graphs.capture else "_run", "compiled forward")]
+        places += [(graphs, "_outputs", "compiled forward")]
     else:  # a model whose modules are wrapped is not run as a graph
         places += [
             (model, "forward", "the rest of the forward"),

@@ -158,7 +158,6 @@ class GraphPasses:
         # Of the present request:
         self._hook: str | None = None
         self._attends, self._dtypes = "", tuple[torch.dtype, ...]()
-        self._captured_of: Any = None
 
     def __call__(
         self,
@@ -202,9 +201,7 @@ class GraphPasses:
             view = self._view(context, shape, states)
             with torch.inference_mode():
                 tensors = view.buffers.fill(inputs, context.cache, states)
-                outputs = (
-                    self._graph(shape, view.buffers)(tensors) if self.capture is None else self._replay(shape, view)
-                )
+                outputs = self._outputs(shape, view, tensors)
                 logits, found = unpack(shape, outputs, nodes)
         except _RowsAreFixed:
             self._made.fixed.add(route)
@@ -313,10 +310,7 @@ class GraphPasses:
         if self.shelf is None:
             self._views = {}
             return
-        if self._captured_of != state:
-            self.shelf.forget()
-            self._captured_of = state
-        self._views = self.shelf.views(cache)
+        self._views = self.shelf.views(cache, state)
 
     def _view(self, context: Context, shape: PassShape, states: Tensor | None) -> _View:
         if shape not in self._views:
@@ -379,12 +373,13 @@ class GraphPasses:
     def _what(self, shape: PassShape) -> str:
         return f"{type(self.model).__name__} for {shape}"
 
-    def _replay(self, shape: PassShape, view: _View) -> list[Tensor]:
-        """Capture what has not been, replay what has; the outputs are copies, since a replay writes over its own."""
-        assert self.capture is not None
+    def _outputs(self, shape: PassShape, view: _View, tensors: list[Tensor]) -> list[Tensor]:
+        """Of the graph, or of its capture: then they are copies, since the next replay writes over its own."""
+        if self.capture is None:
+            return self._graph(shape, view.buffers)(tensors)
         if view.captured is None:
-            graph, tensors = self._graph(shape, view.buffers), view.buffers.tensors(view.buffers.usable)
-            view.captured, view.graph = self.capture(lambda: graph(tensors)), graph
+            graph, whole = self._graph(shape, view.buffers), view.buffers.tensors(view.buffers.usable)
+            view.captured, view.graph = self.capture(lambda: graph(whole)), graph
         return [output.clone() for output in view.captured()]
 
 

@@ -39,6 +39,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
+        self._state: Any = None
 
     def take(
         self, prefilled: DynamicCache, mask: Tensor | None, reserve: int, release: bool
@@ -79,19 +80,23 @@ class Shelf:
         """Bytes held by all slabs here, in use or not."""
         return sum(kept.cache.nbytes for kept in self._kept)
 
-    def views(self, cache: TreeCache) -> dict[Any, Any]:
-        """What was captured over these slabs; anew where they have grown since, or are nobody's to keep."""
-        kept = next((kept for kept in self._kept if kept.cache is cache), None)
-        if kept is None:
-            return {}
-        if kept.capacity != cache.capacity:
-            kept.views, kept.capacity = {}, cache.capacity
-        return kept.views
+    def views(self, cache: TreeCache, state: Any = None) -> dict[Any, Any]:
+        """What was captured over these slabs; anew where they have grown since, or are nobody's to keep.
 
-    def forget(self) -> None:
-        """The model has changed: nothing that was captured holds."""
-        for kept in self._kept:
-            kept.views = {}
+        Args:
+            cache: the slabs.
+            state: of the model; what was captured in another one holds no more.
+        """
+        if self._state != state:
+            self._state = state
+            for kept in self._kept:
+                kept.views = {}
+        found = next((kept for kept in self._kept if kept.cache is cache), None)
+        if found is None:
+            return {}
+        if found.capacity != cache.capacity:
+            found.views, found.capacity = {}, cache.capacity
+        return found.views
 
 
 def _after(former: list[torch.cuda.Stream]) -> list[torch.cuda.Stream]:

@@ -12,7 +12,7 @@ Shapes: M sizes measured, D depth, R ranks.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -54,6 +54,14 @@ class Costs:
         passes = np.interp(nodes, np.arange(1, self.max_nodes + 1), self.passes)
         draft = self.draft[0] + self.draft[1] * below + self.draft[2] * np.asarray(depth, float)
         return np.maximum(passes + draft + self.rest[0] + self.rest[1] * below, SECONDS_AT_LEAST)
+
+    def padded(self, sizes: Sequence[int] | None) -> Costs:
+        """Where passes are padded to these sizes: a file may know of some in between that no graph is made for."""
+        if sizes is None:
+            return self
+        ends = np.minimum([*sizes, self.max_nodes], self.max_nodes)
+        every = np.arange(1, self.max_nodes + 1)
+        return replace(self, passes=self.passes[ends[np.searchsorted(ends, every)] - 1])
 
     def correction(self, sizes: np.ndarray) -> np.ndarray | float:
         """Of trees of so many nodes, the root included."""

@@ -1,12 +1,16 @@
-"""What steps take beside what a tree file says, learnt while decoding."""
+"""What steps take, learnt while decoding: beside what a tree file says, or without one."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from typing import Any
 
 import numpy as np
+
+from specdec.tuning.calibration import StepCost, fit_costs
+from specdec.tuning.choice import Costs
 
 _ENOUGH = 10  # steps with a tree that make it worth comparing
 _KEPT = 24  # of the last steps with a tree, the nearest to those with the next one
@@ -14,6 +18,7 @@ _WARM = 2  # steps after a change that are slower than those that follow
 _DOUBT = 0.15**2  # variance of the logarithm of a factor that nobody has seen
 _NOISE = 0.04**2  # of a comparison of two medians
 _FACTOR = math.log(2.0)  # that is believed at most, up or down
+_REMEMBERED = 96  # steps whose times are kept
 _HALF_LIFE = 600.0  # steps after which a factor is believed half, so that what looked costly is tried again
 
 
@@ -100,3 +105,59 @@ class CostCorrections:
         self._known = {int(size): (float(value), float(doubt)) for size, (value, doubt) in saved["known"].items()}
         self._before = None if saved["before"] is None else (int(saved["before"][0]), float(saved["before"][1]))
         self._size, self._seen = int(saved["size"]), [*map(float, saved["seen"])]
+
+
+class FittedCosts:
+    """Costs fitted to the last steps, by batch size.
+
+    Args:
+        every: steps between two fits: one takes about as long as a choice, and costs change slower than texts.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.recent: dict[int, deque[StepCost]] = {}
+        self._fitted: dict[int, tuple[tuple[float, float, float], tuple[float, float]]] = {}
+        self._fitted_at = dict[int, int]()
+
+    def see(self, rows: int, cost: StepCost) -> None:
+        """One step."""
+        self.recent.setdefault(rows, deque(maxlen=_REMEMBERED)).append(cost)
+
+    def renew(self, rows: int) -> None:
+        """Fit anew the next time: another tree is in force, of which little was known."""
+        self._fitted.pop(rows, None)
+
+    def costs(self, rows: int, passes: np.ndarray, step: int) -> Costs:
+        """Of a step, by now.
+
+        Args:
+            rows: B.
+            passes: ``Costs.passes``, measured over as many rows.
+            step: its number.
+        """
+        due = rows not in self._fitted or step - self._fitted_at[rows] >= self.every
+        if due and self.recent.get(rows):
+            self._fitted[rows], self._fitted_at[rows] = fit_costs(self.recent[rows], passes), step
+        draft, rest = self._fitted.get(rows, ((0.0, 0.0, 0.0), (0.0, 0.0)))
+        return Costs(passes, float(passes[0]) + max(rest[0], 0.0), draft, rest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy."""
+        return {
+            "recent": {
+                rows: [[cost.nodes, cost.depth, cost.draft_s, cost.whole_s] for cost in costs]
+                for rows, costs in self.recent.items()
+            },
+            "fitted": {rows: [*draft, *rest] for rows, (draft, rest) in self._fitted.items()},
+            "fitted_at": dict(self._fitted_at),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put back a copy."""
+        for rows, costs in saved["recent"].items():
+            kept = (StepCost(int(nodes), int(depth), draft, whole) for nodes, depth, draft, whole in costs)
+            self.recent[int(rows)] = deque(kept, maxlen=_REMEMBERED)
+        for rows, (draft_s, node_s, level_s, rest_s, more_s) in saved["fitted"].items():
+            self._fitted[int(rows)] = (draft_s, node_s, level_s), (rest_s, more_s)
+        self._fitted_at = {int(rows): int(step) for rows, step in saved["fitted_at"].items()}

@@ -19,7 +19,7 @@ from specdec.identity import device_name
 from specdec.interfaces import Drafter, Shaped
 from specdec.target import Target
 from specdec.templates import Template
-from specdec.tuning.choice import Choice, Costs, Paths, Profile
+from specdec.tuning.choice import Choice, Costs, Paths, Profile, choose, expect
 
 FORMAT = 1
 _HEAD = """\
@@ -72,6 +72,13 @@ class TreeFile:
         if target.device.type == "cpu":
             here["threads"] = torch.get_num_threads()
         return [name for name, value in here.items() if self.made_on.get(name, value) != value]
+
+    def beyond_reckoning(self, max_nodes: int, max_depth: int) -> float:
+        """What the tree is worth beyond what is reckoned, at least 1: by rates and costs alone another one within these
+        sizes may win, but this is the one that did when they were tried.
+        """
+        best = choose(self.profile, self.costs, max_nodes, max_depth, quick=True).rate
+        return max(best / expect(self.paths, self.profile, self.costs).rate, 1.0)
 
     def refuse(self, drafter: str, vocab_size: int) -> None:
         """Raise ValueError where it was made for another drafter or vocabulary."""
