@@ -250,6 +250,10 @@ def test_a_new_request_is_given_a_tree_again(more: int) -> None:
         if bench.text([0.01, 0.0], 12 + more)[-1] == 1:
             break
     assert bench.adaptive._plain
+    saved = bench.adaptive.state_dict()
+    bench.adaptive.start(bench.state, cast(Prefill, None))
+    assert min(bench.text([0.01, 0.0], 12)) > 1, "for a whole interval, wherever the last request ended"
+    bench.adaptive.load_state_dict(saved)
     counted = bench.adaptive._beliefs.counts.steps
     bench.adaptive.start(bench.state, cast(Prefill, None))
     assert bench.adaptive._beliefs.counts.steps == pytest.approx(counted / 2)
@@ -268,6 +272,18 @@ def test_what_a_plain_step_costs_is_seen(plain: float, size: int) -> None:
         sizes += bench.text(PRIOR[0], 60)
     assert 1 in sizes[:60], "the file is believed at first"
     assert sum(each == size for each in sizes[240:]) > 0.7 * 240
+
+
+def test_requests_are_not_compared_with_each_other() -> None:
+    """Plain steps at the end of one, the tree at the beginning of the next, which is slower for its own reasons."""
+    here: dict[str, Any] = {"threads": torch.get_num_threads()}
+    bench = Bench(Costs(np.full(32, 3.0), plain=1.0), Adaptation(max_nodes=4), PRIOR, [(0,)], **here)
+    assert bench.text(PRIOR[0], 60)[-20:] == [1] * 20
+    believed = bench.adaptive._corrections.plain
+    bench.adaptive.start(bench.state, cast(Prefill, None))
+    bench.truth = Costs(np.full(32, 6.0), plain=2.0)
+    bench.text(PRIOR[0], 12)
+    assert bench.adaptive._corrections.plain == pytest.approx(believed, abs=0.02)
 
 
 @pytest.mark.parametrize(("larger", "size"), [(1.0, 16), (1.5, 8)])
