@@ -252,6 +252,7 @@ def test_a_new_request_is_given_a_tree_again(more: int) -> None:
     assert bench.adaptive._plain
     saved = bench.adaptive.state_dict()
     bench.adaptive.start(bench.state, cast(Prefill, None))
+    assert bench.adaptive._since == 0
     assert min(bench.text([0.01, 0.0], 12)) > 1, "for a whole interval, wherever the last request ended"
     bench.adaptive.load_state_dict(saved)
     counted = bench.adaptive._beliefs.counts.steps
